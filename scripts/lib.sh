@@ -83,7 +83,7 @@ apt_private() {
         -o Acquire::Languages=none -o Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false
 }
 
-# install_packages PACKAGE...: only what is not there yet.
+# install_packages PACKAGE...: only what is not there yet, and never at the price of another package.
 install_packages() {
     local missing=() p
     for p in "$@"; do
@@ -96,7 +96,7 @@ install_packages() {
     exec 8>"$CACHE/apt.lock"
     flock 8
     progress "$CACHE/log/apt.log" "installing ${missing[*]}" \
-        bash -c 'apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends "$@"' - "${missing[@]}"
+        bash -c 'apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends --no-remove "$@"' - "${missing[@]}"
     exec 8>&-
 }
 
@@ -111,4 +111,80 @@ build_tools() {
     progress "$CACHE/log/bindgen.log" "building bindgen $BINDGEN_VERSION" env CARGO_TARGET_DIR="$CACHE/bindgen-build" \
         "$CARGO" install --quiet --locked --root "$CACHE/cargo-$BINDGEN_VERSION" --version "$BINDGEN_VERSION" bindgen-cli
     rm -rf "$CACHE/bindgen-build"
+}
+
+# qemu_tools: QEMU 8 or newer. Debian 12's own 7.2 panics inner guests with some CPU models and
+# conflicts with the qemu-utils of bookworm-backports, so backports come first.
+qemu_tools() {
+    local version dir=$CACHE/apt-qemu
+    version=$(dpkg-query -W -f '${Version}' qemu-system-x86 2>/dev/null || true)
+    if [ -n "$version" ] && dpkg --compare-versions "$version" ge 1:8; then return 0; fi
+    if command -v qemu-system-x86_64 >/dev/null && [ -z "$version" ]; then return 0; fi
+    need_root "installing qemu-system-x86"
+    need_space "$CACHE" 500 "installing QEMU"
+    mkdir -p "$CACHE/log" "$dir"
+    exec 8>"$CACHE/apt.lock"
+    flock 8
+    debian_sources "$dir/sources.list" bookworm bookworm-updates bookworm-backports
+    # Not into grep -q: it would end apt-cache by SIGPIPE, and pipefail takes that for a failure.
+    if apt_private "$dir" apt-get -q update >"$CACHE/log/qemu-list.log" 2>&1 &&
+        [[ $(apt_private "$dir" apt-cache madison qemu-system-x86) == *bookworm-backports* ]]; then
+        progress "$CACHE/log/qemu.log" "installing QEMU from bookworm-backports" \
+            apt_private "$dir" env DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends --no-remove \
+            -t bookworm-backports qemu-system-x86
+        exec 8>&-
+    else
+        say "bookworm-backports cannot be reached (log: $CACHE/log/qemu-list.log): taking Debian 12's QEMU 7.2."
+        exec 8>&-
+        install_packages qemu-system-x86
+    fi
+}
+
+# What the tests and the demo run with, inside the virtual machine too (it sees the host's files).
+run_tools() {
+    install_packages busybox-static iproute2 iputils-ping python3 kmod cpio
+    qemu_tools
+}
+
+lint_tools() {
+    build_tools
+    install_packages shellcheck
+}
+
+# redis_root: prints a directory holding Debian's redis-server with the libraries it needs. Nothing is
+# installed, so no service starts and nothing is left behind on the host.
+redis_root() {
+    local root=$CACHE/redis work=$CACHE/redis.part packages
+    if [ ! -e "$root/.complete" ]; then
+        mkdir -p "$CACHE/log"
+        exec 8>"$CACHE/apt.lock"
+        flock 8
+        rm -rf "$work" "$root"
+        mkdir -p "$work/deb"
+        if ! apt-cache show redis-tools >/dev/null 2>&1; then
+            need_root "refreshing apt's package list"
+            progress "$CACHE/log/redis-list.log" "refreshing apt's package list" apt-get -q update
+        fi
+        packages=$(apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks \
+            --no-replaces --no-enhances --no-pre-depends redis-tools | grep -E '^(redis-tools|lib[a-z0-9.+-]*)$' |
+            grep -vE '^lib(pam|debian-installer|elogind|newt|semanage|sepol|textwrap|slang|readline|audit)' | sort -u)
+        # shellcheck disable=SC2086  # one word a package
+        progress "$CACHE/log/redis.log" "downloading Debian's redis-server" bash -c '
+            set -e
+            cd "$1/deb"; shift
+            apt-get -q download -o APT::Sandbox::User=root "$@" || { apt-get -q update && apt-get -q download -o APT::Sandbox::User=root "$@"; }
+            for deb in *.deb; do dpkg-deb -x "$deb" ..; done' - "$work" $packages
+        rm -rf "$work/deb"
+        ln -sf redis-check-rdb "$work/usr/bin/redis-server"
+        touch "$work/.complete"
+        mv "$work" "$root"
+        exec 8>&-
+    fi
+    echo "$root"
+}
+
+# kernel_flags KDIR: what must be said to make whenever something is built against KDIR, a word a line.
+kernel_flags() {
+    printf '%s\n' "RUSTC=$RUSTC" "HOSTRUSTC=$RUSTC" "BINDGEN=$BINDGEN"
+    if [ -s "$1/.complete" ]; then tr -s ' ' '\n' <"$1/.complete" | grep . || true; fi
 }
