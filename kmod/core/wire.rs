@@ -1,0 +1,449 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What the two hosts say to each other, and the page records that the RAM device hands out.
+//!
+//! # The stream
+//!
+//! One ordered byte stream (TCP), opened by the primary. Each side sends frames: a [`Header`] of
+//! [`HEADER_SIZE`] bytes, then `length` bytes of payload, at most [`PAYLOAD_MAX`]. All numbers are
+//! little endian. The header carries a CRC32C of the payload and one of itself, so the length is
+//! known to be right before anything is allocated or read for it.
+//!
+//! ```text
+//!  offset  bytes
+//!       0      4  magic "RMUS"
+//!       4      2  version, 1
+//!       6      2  kind
+//!       8      8  generation
+//!      16      8  epoch (0 where the kind has none)
+//!      24      4  length of the payload
+//!      28      4  CRC32C of the payload
+//!      32      4  CRC32C of bytes 0 to 31
+//! ```
+//!
+//! # The conversation
+//!
+//! ```text
+//!  primary                                            standby
+//!     │ Hello (memory, page size, name, timings)         │
+//!     │ ───────────────────────────────────────────────▶ │ fits? else Error, and close
+//!     │ ◀─────────────────────────────────────── Welcome │
+//!     │ EpochBegin N (base)                              │
+//!     │ Pages N …                                        │ staged; an epoch with base 0 is the
+//!     │ DeviceState N …                                  │ whole machine and may be written at once,
+//!     │ EpochEnd N (how many pages, bytes of state)      │ as there is nothing yet to resume from
+//!     │ ───────────────────────────────────────────────▶ │ whole? else Error, and close
+//!     │ ◀───────────────────────────────────────── Ack N │ then N is applied
+//!     │                                                  │
+//!     │ ◀──────────────── Heartbeat, both ways ────────▶ │ at any time between frames
+//!     │ ◀────────────────── Bye, Error ────────────────▶ │ the last frame of its sender
+//! ```
+//!
+//! What the receiver of epochs accepts in which state; all else is an error that ends the stream:
+//!
+//! ```text
+//!  new ──Hello──▶ idle ──EpochBegin N, base = last whole epoch──▶ in N ──EpochEnd N──▶ idle
+//!                  │                                               │ Pages N, DeviceState N: in N
+//!                  └── Bye: end in good order            Bye, end of stream: N is dropped
+//! ```
+//!
+//! - `base` is the epoch on top of which the pages are to be put; 0 means that they are all there is.
+//!   It has to be the last epoch that the standby holds whole, so an epoch cannot be missed.
+//! - Page numbers ascend within an epoch. This bounds what has to be staged by the memory's size.
+//! - `Ack N` is cumulative, and is the only thing that allows the primary to commit N.
+//! - After `Bye` the standby does not take over. A stream that ends without it is a failure.
+//! - Breaking changes bump [`VERSION`].
+
+use super::uapi::ram::{PAGE_SIZE, RECORD_SIZE};
+
+/// First bytes of every frame.
+pub const MAGIC: [u8; 4] = *b"RMUS";
+/// Version of the protocol.
+pub const VERSION: u16 = 1;
+/// Bytes in a frame's header.
+pub const HEADER_SIZE: usize = 36;
+/// Most bytes in a frame's payload.
+pub const PAYLOAD_MAX: usize = 1 << 20;
+/// Most page records in a frame.
+pub const RECORDS_MAX: usize = PAYLOAD_MAX / RECORD_SIZE;
+
+/// Why bytes are not what they should be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WireError {
+    /// Fewer bytes than the thing needs, or another number than announced.
+    Length,
+    /// Does not start with [`MAGIC`]: the peer speaks something else.
+    Magic,
+    /// The header was damaged on its way.
+    HeaderChecksum,
+    /// The peer speaks this version of the protocol, not ours.
+    Version(u16),
+    /// No such kind of frame.
+    Kind(u16),
+    /// More than [`PAYLOAD_MAX`] bytes of payload announced.
+    TooLong(u32),
+    /// The payload was damaged on its way.
+    PayloadChecksum,
+    /// A name is not UTF-8.
+    Name,
+}
+
+impl core::fmt::Display for WireError {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            Self::Length => f.write_str("a message has the wrong length"),
+            Self::Magic => f.write_str("the other side does not speak the Remus protocol"),
+            Self::HeaderChecksum => f.write_str("a frame's header was damaged on its way"),
+            Self::Version(v) => {
+                write!(f, "the other side speaks version {v} of the protocol, this one {VERSION}")
+            }
+            Self::Kind(k) => write!(f, "unknown kind of frame {k}"),
+            Self::TooLong(n) => write!(f, "a frame of {n} bytes is longer than {PAYLOAD_MAX}"),
+            Self::PayloadChecksum => f.write_str("a frame's content was damaged on its way"),
+            Self::Name => f.write_str("a name is not UTF-8"),
+        }
+    }
+}
+
+impl core::error::Error for WireError {}
+
+/// What a frame is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Kind {
+    /// Primary's first frame; payload [`Hello`].
+    Hello = 1,
+    /// Standby's answer to it; no payload.
+    Welcome = 2,
+    /// An epoch begins; payload [`EpochBegin`].
+    EpochBegin = 3,
+    /// Pages of the epoch; payload [`records`].
+    Pages = 4,
+    /// A piece of the epoch's device state; payload the bytes.
+    DeviceState = 5,
+    /// The epoch is whole; payload [`EpochEnd`].
+    EpochEnd = 6,
+    /// The standby holds this epoch and all before it; no payload.
+    Ack = 7,
+    /// A sign of life; no payload.
+    Heartbeat = 8,
+    /// The sender ends the stream in good order; payload the reason, UTF-8.
+    Bye = 9,
+    /// The sender ends the stream because of an error; payload what it is, UTF-8.
+    Error = 10,
+}
+
+impl Kind {
+    /// The kind with this number; 0 is never one.
+    pub const fn from_u16(number: u16) -> Option<Self> {
+        Some(match number {
+            1 => Self::Hello,
+            2 => Self::Welcome,
+            3 => Self::EpochBegin,
+            4 => Self::Pages,
+            5 => Self::DeviceState,
+            6 => Self::EpochEnd,
+            7 => Self::Ack,
+            8 => Self::Heartbeat,
+            9 => Self::Bye,
+            10 => Self::Error,
+            _ => return None,
+        })
+    }
+}
+
+/// The head of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// What the frame is.
+    pub kind: Kind,
+    /// Generation of the domain.
+    pub generation: u64,
+    /// The epoch that it is about, or 0.
+    pub epoch: u64,
+    /// Bytes of payload, at most [`PAYLOAD_MAX`].
+    pub length: u32,
+    /// CRC32C of the payload.
+    pub checksum: u32,
+}
+
+impl Header {
+    /// The header for `payload`. Fails with [`WireError::TooLong`].
+    pub fn new(kind: Kind, generation: u64, epoch: u64, payload: &[u8]) -> Result<Self, WireError> {
+        if payload.len() > PAYLOAD_MAX {
+            return Err(WireError::TooLong(payload.len().min(u32::MAX as usize) as u32));
+        }
+        let length = payload.len() as u32;
+        Ok(Self { kind, generation, epoch, length, checksum: crc32c(payload) })
+    }
+
+    /// The header as bytes.
+    pub fn encode(&self) -> [u8; HEADER_SIZE] {
+        let mut bytes = [0; HEADER_SIZE];
+        let mut to = Writer { bytes: &mut bytes, at: 0 };
+        to.put(&MAGIC);
+        to.put(&VERSION.to_le_bytes());
+        to.put(&(self.kind as u16).to_le_bytes());
+        to.put(&self.generation.to_le_bytes());
+        to.put(&self.epoch.to_le_bytes());
+        to.put(&self.length.to_le_bytes());
+        to.put(&self.checksum.to_le_bytes());
+        let check = crc32c(bytes.get(..HEADER_SIZE - 4).unwrap_or(&[]));
+        Writer { bytes: &mut bytes, at: HEADER_SIZE - 4 }.put(&check.to_le_bytes());
+        bytes
+    }
+
+    /// Reads a header from the start of `bytes`. What follows it is not looked at.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let mut from = Reader { bytes };
+        if from.take::<4>()? != MAGIC {
+            return Err(WireError::Magic);
+        }
+        let version = u16::from_le_bytes(from.take()?);
+        let kind = u16::from_le_bytes(from.take()?);
+        let generation = u64::from_le_bytes(from.take()?);
+        let epoch = u64::from_le_bytes(from.take()?);
+        let length = u32::from_le_bytes(from.take()?);
+        let checksum = u32::from_le_bytes(from.take()?);
+        let check = u32::from_le_bytes(from.take()?);
+        if crc32c(bytes.get(..HEADER_SIZE - 4).unwrap_or(&[])) != check {
+            return Err(WireError::HeaderChecksum);
+        }
+        if version != VERSION {
+            return Err(WireError::Version(version));
+        }
+        let kind = Kind::from_u16(kind).ok_or(WireError::Kind(kind))?;
+        if length as usize > PAYLOAD_MAX {
+            return Err(WireError::TooLong(length));
+        }
+        Ok(Self { kind, generation, epoch, length, checksum })
+    }
+
+    /// Whether `payload` is the one that this header announces.
+    pub fn check(&self, payload: &[u8]) -> Result<(), WireError> {
+        if payload.len() != self.length as usize {
+            Err(WireError::Length)
+        } else if crc32c(payload) != self.checksum {
+            Err(WireError::PayloadChecksum)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// Most bytes in a [`Hello`].
+pub const HELLO_MAX: usize = 20 + super::uapi::NAME_MAX;
+
+/// Payload of [`Kind::Hello`]: what is to be protected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hello<'a> {
+    /// Bytes of memory.
+    pub memory: u64,
+    /// Bytes in a page.
+    pub page_size: u32,
+    /// Time between two epochs, in milliseconds.
+    pub interval_ms: u32,
+    /// Silence after which the primary gives the standby up, in milliseconds.
+    pub timeout_ms: u32,
+    /// Name of the domain.
+    pub name: &'a str,
+}
+
+impl<'a> Hello<'a> {
+    /// Writes it to `out` and returns how many bytes that took. Fails with [`WireError::Length`]
+    /// if the name is longer than a domain's can be.
+    pub fn encode(&self, out: &mut [u8; HELLO_MAX]) -> Result<usize, WireError> {
+        if self.name.len() > super::uapi::NAME_MAX {
+            return Err(WireError::Length);
+        }
+        let mut to = Writer { bytes: out, at: 0 };
+        to.put(&self.memory.to_le_bytes());
+        to.put(&self.page_size.to_le_bytes());
+        to.put(&self.interval_ms.to_le_bytes());
+        to.put(&self.timeout_ms.to_le_bytes());
+        to.put(self.name.as_bytes());
+        Ok(to.at)
+    }
+
+    /// Reads it from a whole payload.
+    pub fn decode(payload: &'a [u8]) -> Result<Self, WireError> {
+        let mut from = Reader { bytes: payload };
+        let memory = u64::from_le_bytes(from.take()?);
+        let page_size = u32::from_le_bytes(from.take()?);
+        let interval_ms = u32::from_le_bytes(from.take()?);
+        let timeout_ms = u32::from_le_bytes(from.take()?);
+        if from.bytes.is_empty() || from.bytes.len() > super::uapi::NAME_MAX {
+            return Err(WireError::Length);
+        }
+        let name = core::str::from_utf8(from.bytes).map_err(|_| WireError::Name)?;
+        Ok(Self { memory, page_size, interval_ms, timeout_ms, name })
+    }
+}
+
+/// Payload of [`Kind::EpochBegin`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EpochBegin {
+    /// The epoch on top of which this one goes; 0 if it is the whole machine.
+    pub base: u64,
+}
+
+impl EpochBegin {
+    /// As bytes.
+    pub fn encode(&self) -> [u8; 8] {
+        self.base.to_le_bytes()
+    }
+
+    /// From a whole payload.
+    pub fn decode(payload: &[u8]) -> Result<Self, WireError> {
+        let mut from = Reader { bytes: payload };
+        let base = u64::from_le_bytes(from.take()?);
+        from.end()?;
+        Ok(Self { base })
+    }
+}
+
+/// Payload of [`Kind::EpochEnd`]: what must have arrived.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EpochEnd {
+    /// Pages of the epoch.
+    pub pages: u64,
+    /// Bytes of device state.
+    pub state: u64,
+}
+
+impl EpochEnd {
+    /// As bytes.
+    pub fn encode(&self) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        let mut to = Writer { bytes: &mut bytes, at: 0 };
+        to.put(&self.pages.to_le_bytes());
+        to.put(&self.state.to_le_bytes());
+        bytes
+    }
+
+    /// From a whole payload.
+    pub fn decode(payload: &[u8]) -> Result<Self, WireError> {
+        let mut from = Reader { bytes: payload };
+        let pages = u64::from_le_bytes(from.take()?);
+        let state = u64::from_le_bytes(from.take()?);
+        from.end()?;
+        Ok(Self { pages, state })
+    }
+}
+
+/// The page records in `bytes`: number and content of each. Fails with [`WireError::Length`] unless
+/// there is a whole number of them.
+pub fn records(bytes: &[u8]) -> Result<impl Iterator<Item = (u64, &[u8; PAGE_SIZE])>, WireError> {
+    if bytes.len() % RECORD_SIZE != 0 {
+        return Err(WireError::Length);
+    }
+    Ok(bytes.chunks_exact(RECORD_SIZE).filter_map(|record| {
+        let (number, content) = record.split_first_chunk::<8>()?;
+        Some((u64::from_le_bytes(*number), content.first_chunk::<PAGE_SIZE>()?))
+    }))
+}
+
+/// Writes the head of a page record: the page's number. The content follows it.
+pub fn record_head(page: u64) -> [u8; 8] {
+    page.to_le_bytes()
+}
+
+/// Writes a page record.
+pub fn record(page: u64, content: &[u8; PAGE_SIZE], out: &mut [u8; RECORD_SIZE]) {
+    let mut to = Writer { bytes: out, at: 0 };
+    to.put(&record_head(page));
+    to.put(content);
+}
+
+/// CRC32C (Castagnoli) of `bytes`.
+pub fn crc32c(bytes: &[u8]) -> u32 {
+    let mut crc = !0u32;
+    let (chunks, rest) = bytes.as_chunks::<8>();
+    for chunk in chunks {
+        let word = u64::from_le_bytes(*chunk) ^ u64::from(crc);
+        crc = entry(7, word)
+            ^ entry(6, word >> 8)
+            ^ entry(5, word >> 16)
+            ^ entry(4, word >> 24)
+            ^ entry(3, word >> 32)
+            ^ entry(2, word >> 40)
+            ^ entry(1, word >> 48)
+            ^ entry(0, word >> 56);
+    }
+    for &byte in rest {
+        crc = entry(0, u64::from(crc ^ u32::from(byte))) ^ (crc >> 8);
+    }
+    !crc
+}
+
+/// What the low byte of `byte` contributes when `table` more bytes follow it in its word.
+#[inline(always)]
+fn entry(table: usize, byte: u64) -> u32 {
+    // The mask keeps the index below 256, and the compiler drops both checks.
+    TABLES[table & 7][(byte & 0xff) as usize]
+}
+
+/// Eight tables, so that eight bytes go through at once: the checksum is on the epoch's path.
+static TABLES: [[u32; 256]; 8] = tables();
+
+const fn tables() -> [[u32; 256]; 8] {
+    let mut tables = [[0; 256]; 8];
+    let mut i = 0;
+    while i < 256 {
+        let mut crc = i as u32;
+        let mut bit = 0;
+        while bit < 8 {
+            crc = if crc & 1 != 0 { (crc >> 1) ^ 0x82f6_3b78 } else { crc >> 1 };
+            bit += 1;
+        }
+        tables[0][i] = crc;
+        i += 1;
+    }
+    let mut t = 1;
+    while t < 8 {
+        let mut i = 0;
+        while i < 256 {
+            let below = tables[t - 1][i];
+            tables[t][i] = (below >> 8) ^ tables[0][(below & 0xff) as usize];
+            i += 1;
+        }
+        t += 1;
+    }
+    tables
+}
+
+/// Puts bytes one after another. What does not fit is left out; the sizes above leave no such case.
+struct Writer<'a> {
+    bytes: &'a mut [u8],
+    at: usize,
+}
+
+impl Writer<'_> {
+    fn put(&mut self, what: &[u8]) {
+        if let Some(to) = self.bytes.get_mut(self.at..).and_then(|b| b.get_mut(..what.len())) {
+            to.copy_from_slice(what);
+            self.at += what.len();
+        }
+    }
+}
+
+/// Takes bytes one after another.
+struct Reader<'a> {
+    bytes: &'a [u8],
+}
+
+impl Reader<'_> {
+    fn take<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
+        let (head, rest) = self.bytes.split_first_chunk::<N>().ok_or(WireError::Length)?;
+        self.bytes = rest;
+        Ok(*head)
+    }
+
+    fn end(&self) -> Result<(), WireError> {
+        if self.bytes.is_empty() {
+            Ok(())
+        } else {
+            Err(WireError::Length)
+        }
+    }
+}
