@@ -19,10 +19,6 @@ case $flavour in
 esac
 
 mkdir -p "$CACHE/log" || die "cannot create $CACHE: set REMUS_CACHE=DIR to a directory you can write."
-# One build at a time; a second caller waits and finds it done.
-exec 9>"$CACHE/kernel.lock"
-flock 9
-
 # Print the newest unpacked source tree, or nothing.
 newest_source() {
     mkdir -p "$CACHE/source"
@@ -55,15 +51,29 @@ fetch_source() {
     rm -rf "$dir/deb"
 }
 
+# locate: set $source, and $out to where its build is or belongs.
+locate() {
+    source=$(newest_source)
+    [ -n "$source" ] || return 1
+    local key
+    key=$( { basename "$source"; cat "${fragments[@]}"; "$RUSTC" -Vv; gcc --version; clang-19 --version; "$BINDGEN" --version; } | sha256sum | cut -c 1-12)
+    out=$CACHE/kernel/$flavour-$key
+}
+
 build_tools
+# What is there is there, whatever else is being built meanwhile.
+if [ -z "${REFRESH:-}" ] && locate && [ -e "$out/.complete" ]; then
+    echo "$out"
+    exit 0
+fi
+# One build at a time; a second caller waits and finds it done.
+exec 9>"$CACHE/kernel.lock"
+flock 9
 source=$(newest_source)
 if [ -z "$source" ] || [ -n "${REFRESH:-}" ]; then
     fetch_source
-    source=$(newest_source)
 fi
-
-key=$( { basename "$source"; cat "${fragments[@]}"; "$RUSTC" -Vv; gcc --version; clang-19 --version; "$BINDGEN" --version; } | sha256sum | cut -c 1-12)
-out=$CACHE/kernel/$flavour-${key}
+locate
 if [ ! -e "$out/.complete" ]; then
     need_space "$CACHE" 4000 "building the $flavour kernel"
     rm -rf "$out"

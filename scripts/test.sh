@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: GPL-2.0
+# Run tests and count their cases.
+#
+#   scripts/test.sh all|check|kernel|takeover
+#
+# Cases are counted from what the tests themselves print: cargo's "test result:" lines, and lines
+# "ok ..." and "not ok ..." (TAP) of the others. A step that fails without naming a failed case, such
+# as lint, counts as one failed case; a step that succeeds without a case counts as none.
+
+. "$(dirname "$0")/lib.sh"
+
+what=${1:-all}
+case $what in
+    all | check | kernel | takeover) ;;
+    *) die "unknown tests '$what': say all, check, kernel or takeover." ;;
+esac
+cd "$TOP"
+mkdir -p build/report build/test
+passed=0 failed=0 skipped=0 trouble=()
+
+# step NAME COMMAND...
+step() {
+    local name=$1 log=build/test/${1// /-}.log rc=0 p f s start=$SECONDS
+    shift
+    say "$name"
+    "$@" 2>&1 | tee "$log" || rc=${PIPESTATUS[0]}
+    read -r p f s < <(tr -d '\r' <"$log" | awk '
+        /^test result: / { for (i = 1; i < NF; i++) { if ($(i+1) ~ /^passed/) p += $i; if ($(i+1) ~ /^failed/) f += $i; if ($(i+1) ~ /^ignored/) s += $i } next }
+        /^[ \t]*not ok / { if (/# (TODO|SKIP)/) s++; else f++; next }
+        /^[ \t]*ok / { if (/# SKIP/) s++; else p++ }
+        END { print p + 0, f + 0, s + 0 }')
+    if [ "$rc" != 0 ] && [ "$f" = 0 ]; then f=1; fi
+    passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
+    if [ "$f" != 0 ]; then trouble+=("$name ($log)"); fi
+    say "$name: $p passed, $f failed$([ "$s" = 0 ] || echo ", $s skipped") in $((SECONDS - start)) s"
+}
+
+host_tests() {
+    build_tools
+    cd ctl
+    CARGO_TARGET_DIR=$TOP/build/cargo "$CARGO" test --quiet --locked --workspace
+}
+
+kernel_tests() {
+    [ -x tests/kernel/run ] || die "tests/kernel/run is missing."
+    # It boots its own virtual machines if it is written so; otherwise it is run in one.
+    if grep -q 'scripts/vm\.sh' tests/kernel/run; then
+        tests/kernel/run
+    else
+        scripts/module.sh debug >/dev/null
+        scripts/vm.sh --kernel debug --timeout 900 --out build/vm/kernel-tests -- tests/kernel/run
+    fi
+}
+
+if [ "$what" = all ] || [ "$what" = check ]; then
+    step "lint" scripts/lint.sh
+    step "host tests" host_tests
+fi
+if [ "$what" = all ] || [ "$what" = kernel ]; then step "kernel tests" kernel_tests; fi
+if [ "$what" = all ] || [ "$what" = takeover ]; then step "take-overs" scripts/demo.sh --tap --runs "${RUNS:-10}"; fi
+
+[ ${#trouble[@]} = 0 ] || say "failed: ${trouble[*]}"
+[ "$skipped" = 0 ] || say "$skipped skipped"
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ] || exit 1
