@@ -31,7 +31,11 @@ impl<W: DerefMut<Target = [u64]>> Dirty<W> {
     pub fn new(mut words: W, pages: u64) -> Self {
         words.fill(0);
         let pages = pages.min((words.len() as u64).saturating_mul(64));
-        Self { words, pages, count: 0 }
+        Self {
+            words,
+            pages,
+            count: 0,
+        }
     }
 
     /// The numbers that fit are those below this.
@@ -61,7 +65,9 @@ impl<W: DerefMut<Target = [u64]>> Dirty<W> {
 
     /// Whether `page` is in the set.
     pub fn contains(&self, page: u64) -> bool {
-        self.words.get((page / 64) as usize).is_some_and(|word| word & (1 << (page % 64)) != 0)
+        self.words
+            .get((page / 64) as usize)
+            .is_some_and(|word| word & (1 << (page % 64)) != 0)
     }
 
     /// The lowest page in the set that is not below `from`.
@@ -87,7 +93,12 @@ impl<W: DerefMut<Target = [u64]>> Dirty<W> {
                 *to |= from;
                 count += u64::from(to.count_ones());
             }
-            count += self.words.iter().skip(other.words.len()).map(|w| u64::from(w.count_ones())).sum::<u64>();
+            count += self
+                .words
+                .iter()
+                .skip(other.words.len())
+                .map(|w| u64::from(w.count_ones()))
+                .sum::<u64>();
             self.count = count;
         } else {
             let mut from = 0;

@@ -97,7 +97,11 @@ impl Epochs {
             Err(Refused::Open)
         } else if epoch <= self.committed {
             Err(Refused::Committed)
-        } else if self.runs().iter().any(|r| r.first <= epoch && epoch <= r.last) {
+        } else if self
+            .runs()
+            .iter()
+            .any(|r| r.first <= epoch && epoch <= r.last)
+        {
             Ok(())
         } else {
             Err(Refused::Aborted)
@@ -124,7 +128,10 @@ impl Epochs {
                 run.last = sealed;
             }
         } else if let Some(run) = self.runs.get_mut(self.len) {
-            *run = Run { first: sealed, last: sealed };
+            *run = Run {
+                first: sealed,
+                last: sealed,
+            };
             self.len += 1;
         }
         self.open = sealed + 1;

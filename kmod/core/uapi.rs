@@ -125,5 +125,6 @@ pub mod ram {
 
     /// `_IOWR('R', 0x40, struct Read)`. Errors: `ENOENT` the epoch is not sealed, `EINVAL` the
     /// buffer holds no record, `EFAULT` it cannot be written.
-    pub const READ: u32 = (3 << 30) | ((core::mem::size_of::<Read>() as u32) << 16) | ((b'R' as u32) << 8) | 0x40;
+    pub const READ: u32 =
+        (3 << 30) | ((core::mem::size_of::<Read>() as u32) << 16) | ((b'R' as u32) << 8) | 0x40;
 }

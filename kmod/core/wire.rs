@@ -95,7 +95,10 @@ impl core::fmt::Display for WireError {
             Self::Magic => f.write_str("the other side does not speak the Remus protocol"),
             Self::HeaderChecksum => f.write_str("a frame's header was damaged on its way"),
             Self::Version(v) => {
-                write!(f, "the other side speaks version {v} of the protocol, this one {VERSION}")
+                write!(
+                    f,
+                    "the other side speaks version {v} of the protocol, this one {VERSION}"
+                )
             }
             Self::Kind(k) => write!(f, "unknown kind of frame {k}"),
             Self::TooLong(n) => write!(f, "a frame of {n} bytes is longer than {PAYLOAD_MAX}"),
@@ -171,16 +174,27 @@ impl Header {
     /// The header for `payload`. Fails with [`WireError::TooLong`].
     pub fn new(kind: Kind, generation: u64, epoch: u64, payload: &[u8]) -> Result<Self, WireError> {
         if payload.len() > PAYLOAD_MAX {
-            return Err(WireError::TooLong(payload.len().min(u32::MAX as usize) as u32));
+            return Err(WireError::TooLong(
+                payload.len().min(u32::MAX as usize) as u32
+            ));
         }
         let length = payload.len() as u32;
-        Ok(Self { kind, generation, epoch, length, checksum: crc32c(payload) })
+        Ok(Self {
+            kind,
+            generation,
+            epoch,
+            length,
+            checksum: crc32c(payload),
+        })
     }
 
     /// The header as bytes.
     pub fn encode(&self) -> [u8; HEADER_SIZE] {
         let mut bytes = [0; HEADER_SIZE];
-        let mut to = Writer { bytes: &mut bytes, at: 0 };
+        let mut to = Writer {
+            bytes: &mut bytes,
+            at: 0,
+        };
         to.put(&MAGIC);
         to.put(&VERSION.to_le_bytes());
         to.put(&(self.kind as u16).to_le_bytes());
@@ -189,7 +203,11 @@ impl Header {
         to.put(&self.length.to_le_bytes());
         to.put(&self.checksum.to_le_bytes());
         let check = crc32c(bytes.get(..HEADER_SIZE - 4).unwrap_or(&[]));
-        Writer { bytes: &mut bytes, at: HEADER_SIZE - 4 }.put(&check.to_le_bytes());
+        Writer {
+            bytes: &mut bytes,
+            at: HEADER_SIZE - 4,
+        }
+        .put(&check.to_le_bytes());
         bytes
     }
 
@@ -216,7 +234,13 @@ impl Header {
         if length as usize > PAYLOAD_MAX {
             return Err(WireError::TooLong(length));
         }
-        Ok(Self { kind, generation, epoch, length, checksum })
+        Ok(Self {
+            kind,
+            generation,
+            epoch,
+            length,
+            checksum,
+        })
     }
 
     /// Whether `payload` is the one that this header announces.
@@ -276,7 +300,13 @@ impl<'a> Hello<'a> {
             return Err(WireError::Length);
         }
         let name = core::str::from_utf8(from.bytes).map_err(|_| WireError::Name)?;
-        Ok(Self { memory, page_size, interval_ms, timeout_ms, name })
+        Ok(Self {
+            memory,
+            page_size,
+            interval_ms,
+            timeout_ms,
+            name,
+        })
     }
 }
 
@@ -315,7 +345,10 @@ impl EpochEnd {
     /// As bytes.
     pub fn encode(&self) -> [u8; 16] {
         let mut bytes = [0; 16];
-        let mut to = Writer { bytes: &mut bytes, at: 0 };
+        let mut to = Writer {
+            bytes: &mut bytes,
+            at: 0,
+        };
         to.put(&self.pages.to_le_bytes());
         to.put(&self.state.to_le_bytes());
         bytes
@@ -339,7 +372,10 @@ pub fn records(bytes: &[u8]) -> Result<impl Iterator<Item = (u64, &[u8; PAGE_SIZ
     }
     Ok(bytes.chunks_exact(RECORD_SIZE).filter_map(|record| {
         let (number, content) = record.split_first_chunk::<8>()?;
-        Some((u64::from_le_bytes(*number), content.first_chunk::<PAGE_SIZE>()?))
+        Some((
+            u64::from_le_bytes(*number),
+            content.first_chunk::<PAGE_SIZE>()?,
+        ))
     }))
 }
 
@@ -393,7 +429,11 @@ const fn tables() -> [[u32; 256]; 8] {
         let mut crc = i as u32;
         let mut bit = 0;
         while bit < 8 {
-            crc = if crc & 1 != 0 { (crc >> 1) ^ 0x82f6_3b78 } else { crc >> 1 };
+            crc = if crc & 1 != 0 {
+                (crc >> 1) ^ 0x82f6_3b78
+            } else {
+                crc >> 1
+            };
             bit += 1;
         }
         tables[0][i] = crc;
@@ -420,7 +460,11 @@ struct Writer<'a> {
 
 impl Writer<'_> {
     fn put(&mut self, what: &[u8]) {
-        if let Some(to) = self.bytes.get_mut(self.at..).and_then(|b| b.get_mut(..what.len())) {
+        if let Some(to) = self
+            .bytes
+            .get_mut(self.at..)
+            .and_then(|b| b.get_mut(..what.len()))
+        {
             to.copy_from_slice(what);
             self.at += what.len();
         }
@@ -434,7 +478,10 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     fn take<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
-        let (head, rest) = self.bytes.split_first_chunk::<N>().ok_or(WireError::Length)?;
+        let (head, rest) = self
+            .bytes
+            .split_first_chunk::<N>()
+            .ok_or(WireError::Length)?;
         self.bytes = rest;
         Ok(*head)
     }

@@ -1,0 +1,79 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What bindgen reads: the kernel headers that `kernel::bindings` leaves out, and our own helpers.
+ * The allowlist is in the top-level Kbuild.
+ */
+#ifndef REMUS_BINDINGS_H
+#define REMUS_BINDINGS_H
+
+#include <linux/capability.h>
+#include <linux/fs.h>
+#include <linux/miscdevice.h>
+#include <linux/mm.h>
+#include <linux/netdevice.h>
+#include <linux/netfilter.h>
+#include <linux/netlink.h>
+#include <linux/rmap.h>
+#include <linux/skbuff.h>
+#include <net/genetlink.h>
+#include <net/pkt_sched.h>
+#include <net/sch_generic.h>
+
+/* A chain of packets linked through ->next, owned by whoever holds the pointer. */
+
+struct sk_buff *remus_skb_next(const struct sk_buff *skb);
+void remus_skb_set_next(struct sk_buff *skb, struct sk_buff *next);
+u64 remus_skb_epoch(const struct sk_buff *skb);
+void remus_skb_set_epoch(struct sk_buff *skb, u64 epoch);
+unsigned int remus_skb_len(const struct sk_buff *skb);
+unsigned int remus_skb_truesize(const struct sk_buff *skb);
+bool remus_skb_detach(struct sk_buff *skb);
+void remus_skb_free(struct sk_buff *skb);
+void remus_skb_receive(struct sk_buff *first);
+
+void *remus_qdisc_priv(struct Qdisc *sch);
+struct net_device *remus_qdisc_dev(const struct Qdisc *sch);
+struct sk_buff *remus_qdisc_peek(struct Qdisc *sch);
+int remus_qdisc_fifo_enqueue(struct sk_buff *skb, struct Qdisc *sch, struct sk_buff **to_free);
+struct sk_buff *remus_qdisc_fifo_dequeue(struct Qdisc *sch);
+void remus_qdisc_fifo_purge(struct Qdisc *sch);
+void remus_qdisc_held(struct Qdisc *sch, const struct sk_buff *skb);
+void remus_qdisc_sent(struct Qdisc *sch, const struct sk_buff *skb);
+void remus_qdisc_wake(struct Qdisc *sch);
+int remus_qdisc_drop(struct sk_buff *skb, struct Qdisc *sch, struct sk_buff **to_free);
+
+const char *remus_dev_name(const struct net_device *dev);
+struct net *remus_dev_net(const struct net_device *dev);
+bool remus_dev_is_guest(const struct net_device *dev);
+
+void remus_spin_lock_bh(spinlock_t *lock);
+int remus_spin_trylock_bh(spinlock_t *lock);
+void remus_spin_unlock_bh(spinlock_t *lock);
+
+struct sk_buff *remus_genl_reply_new(struct genl_info *info, u8 cmd, void **header);
+int remus_genl_reply(struct sk_buff *msg, void *header, struct genl_info *info);
+void *remus_genl_dump_begin(struct sk_buff *msg, struct netlink_callback *cb);
+void remus_genl_dump_end(struct sk_buff *msg, void *header);
+void remus_genl_dump_cancel(struct sk_buff *msg, void *header);
+void remus_nlmsg_free(struct sk_buff *msg);
+struct nlattr *remus_nla_nest_start(struct sk_buff *skb, int type);
+void remus_nla_nest_end(struct sk_buff *skb, struct nlattr *start);
+int remus_nla_parse_nested(struct nlattr **tb, int max, const struct nlattr *nla,
+			   const struct nla_policy *policy, struct netlink_ext_ack *extack);
+
+struct page *remus_page_alloc(bool zero);
+void remus_page_get(struct page *page);
+void remus_page_put(struct page *page);
+void remus_page_lock(struct page *page);
+void remus_page_unlock(struct page *page);
+bool remus_page_maybe_pinned(struct page *page);
+unsigned long remus_page_pfn(const struct page *page);
+void remus_page_copy(struct page *to, struct page *from);
+void remus_page_read(struct page *page, size_t offset, void *to, size_t len);
+void remus_page_write(struct page *page, size_t offset, const void *from, size_t len);
+
+struct inode *remus_inode_new(const char *name);
+struct address_space *remus_inode_mapping(const struct inode *inode);
+void remus_file_set_mapping(struct file *file, struct inode *inode);
+
+#endif

@@ -1,0 +1,338 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Inline functions and macros of the kernel that Rust needs as symbols. Where several belong
+ * together they are one helper, so that a packet or a page costs one call. Contracts are those of
+ * the functions called unless a comment says more.
+ */
+#include "bindings.h"
+
+#include <linux/anon_inodes.h>
+#include <linux/highmem.h>
+#include <linux/if_arp.h>
+#include <linux/pagemap.h>
+#include <net/netlink.h>
+#include <net/rtnetlink.h>
+
+/* The kernel has no prototypes for what only Rust calls; bindings.h has. */
+
+/* Where a held packet keeps its epoch: the qdisc's part of ->cb, free on ingress too. */
+struct remus_skb_cb {
+	u64 epoch;
+};
+
+static struct remus_skb_cb *remus_cb(const struct sk_buff *skb)
+{
+	qdisc_cb_private_validate(skb, sizeof(struct remus_skb_cb));
+	return (struct remus_skb_cb *)qdisc_skb_cb(skb)->data;
+}
+
+struct sk_buff *remus_skb_next(const struct sk_buff *skb)
+{
+	return skb->next;
+}
+
+void remus_skb_set_next(struct sk_buff *skb, struct sk_buff *next)
+{
+	if (next)
+		skb->next = next;
+	else
+		skb_mark_not_on_list(skb);
+}
+
+u64 remus_skb_epoch(const struct sk_buff *skb)
+{
+	return remus_cb(skb)->epoch;
+}
+
+void remus_skb_set_epoch(struct sk_buff *skb, u64 epoch)
+{
+	remus_cb(skb)->epoch = epoch;
+}
+
+unsigned int remus_skb_len(const struct sk_buff *skb)
+{
+	return skb->len;
+}
+
+unsigned int remus_skb_truesize(const struct sk_buff *skb)
+{
+	return skb->truesize;
+}
+
+/*
+ * Make a received packet independent of its sender, so that it can be held for any time: no socket
+ * accounts for it any more, and no buffer of user space backs it, which the sender could change
+ * after the fact. False if there is no memory for that.
+ */
+bool remus_skb_detach(struct sk_buff *skb)
+{
+	if (skb_orphan_frags_rx(skb, GFP_ATOMIC))
+		return false;
+	skb_orphan(skb);
+	return true;
+}
+
+void remus_skb_free(struct sk_buff *skb)
+{
+	kfree_skb_reason(skb, SKB_DROP_REASON_QDISC_DROP);
+}
+
+/*
+ * Let the stack receive a chain of packets that an ingress hook took, in order, as if they had just
+ * passed that hook: tc_skip_classify makes it skip the taps, tc's ingress and the hook, as ifb does.
+ * Process context; softirqs that this raises have run, as far as they will here, on return.
+ */
+void remus_skb_receive(struct sk_buff *first)
+{
+	LIST_HEAD(list);
+
+	while (first) {
+		struct sk_buff *skb = first;
+
+		first = skb->next;
+		skb_mark_not_on_list(skb);
+		skb->tc_skip_classify = 1;
+		list_add_tail(&skb->list, &list);
+	}
+	local_bh_disable();
+	netif_receive_skb_list(&list);
+	local_bh_enable();
+}
+
+void *remus_qdisc_priv(struct Qdisc *sch)
+{
+	return qdisc_priv(sch);
+}
+
+struct net_device *remus_qdisc_dev(const struct Qdisc *sch)
+{
+	return qdisc_dev(sch);
+}
+
+struct sk_buff *remus_qdisc_peek(struct Qdisc *sch)
+{
+	return qdisc_peek_dequeued(sch);
+}
+
+/* What passes at once, towards the guest: a first-in first-out queue as long as the device's. */
+int remus_qdisc_fifo_enqueue(struct sk_buff *skb, struct Qdisc *sch, struct sk_buff **to_free)
+{
+	unsigned int limit = READ_ONCE(qdisc_dev(sch)->tx_queue_len) ?: DEFAULT_TX_QUEUE_LEN;
+
+	if (likely(sch->q.qlen < limit))
+		return qdisc_enqueue_tail(skb, sch);
+	return qdisc_drop(skb, sch, to_free);
+}
+
+struct sk_buff *remus_qdisc_fifo_dequeue(struct Qdisc *sch)
+{
+	return qdisc_dequeue_head(sch);
+}
+
+void remus_qdisc_fifo_purge(struct Qdisc *sch)
+{
+	__qdisc_reset_queue(&sch->q);
+}
+
+/* Account for a packet that the qdisc keeps in a queue of its own. */
+void remus_qdisc_held(struct Qdisc *sch, const struct sk_buff *skb)
+{
+	sch->q.qlen++;
+	qdisc_qstats_backlog_inc(sch, skb);
+}
+
+/* The reverse, for a packet that dequeue returns. */
+void remus_qdisc_sent(struct Qdisc *sch, const struct sk_buff *skb)
+{
+	sch->q.qlen--;
+	qdisc_qstats_backlog_dec(sch, skb);
+	qdisc_bstats_update(sch, skb);
+}
+
+/* Have the device dequeue. Process context; it has happened when this returns. */
+void remus_qdisc_wake(struct Qdisc *sch)
+{
+	local_bh_disable();
+	__netif_schedule(sch);
+	local_bh_enable();
+}
+
+int remus_qdisc_drop(struct sk_buff *skb, struct Qdisc *sch, struct sk_buff **to_free)
+{
+	return qdisc_drop(skb, sch, to_free);
+}
+
+const char *remus_dev_name(const struct net_device *dev)
+{
+	return dev->name;
+}
+
+struct net *remus_dev_net(const struct net_device *dev)
+{
+	return dev_net(dev);
+}
+
+/* Whether a virtual machine is behind the device: a tap, or the back end of a Xen interface. */
+bool remus_dev_is_guest(const struct net_device *dev)
+{
+	const struct device *parent = dev->dev.parent;
+
+	if (dev->rtnl_link_ops && !strcmp(dev->rtnl_link_ops->kind, "tun"))
+		return dev->type == ARPHRD_ETHER;
+	return parent && parent->bus && !strcmp(parent->bus->name, "xen-backend");
+}
+
+void remus_spin_lock_bh(spinlock_t *lock)
+{
+	spin_lock_bh(lock);
+}
+
+int remus_spin_trylock_bh(spinlock_t *lock)
+{
+	return spin_trylock_bh(lock);
+}
+
+void remus_spin_unlock_bh(spinlock_t *lock)
+{
+	spin_unlock_bh(lock);
+}
+
+struct sk_buff *remus_genl_reply_new(struct genl_info *info, u8 cmd, void **header)
+{
+	struct sk_buff *msg = genlmsg_new(GENLMSG_DEFAULT_SIZE, GFP_KERNEL);
+
+	if (!msg)
+		return NULL;
+	*header = genlmsg_put_reply(msg, info, info->family, 0, cmd);
+	if (!*header) {
+		nlmsg_free(msg);
+		return NULL;
+	}
+	return msg;
+}
+
+/* Consumes msg. */
+int remus_genl_reply(struct sk_buff *msg, void *header, struct genl_info *info)
+{
+	genlmsg_end(msg, header);
+	return genlmsg_reply(msg, info);
+}
+
+void *remus_genl_dump_begin(struct sk_buff *msg, struct netlink_callback *cb)
+{
+	const struct genl_info *info = genl_info_dump(cb);
+
+	return genlmsg_put(msg, info->snd_portid, info->snd_seq, info->family, NLM_F_MULTI,
+			   info->genlhdr->cmd);
+}
+
+void remus_genl_dump_end(struct sk_buff *msg, void *header)
+{
+	genlmsg_end(msg, header);
+}
+
+void remus_genl_dump_cancel(struct sk_buff *msg, void *header)
+{
+	genlmsg_cancel(msg, header);
+}
+
+void remus_nlmsg_free(struct sk_buff *msg)
+{
+	nlmsg_free(msg);
+}
+
+struct nlattr *remus_nla_nest_start(struct sk_buff *skb, int type)
+{
+	return nla_nest_start_noflag(skb, type);
+}
+
+void remus_nla_nest_end(struct sk_buff *skb, struct nlattr *start)
+{
+	nla_nest_end(skb, start);
+}
+
+int remus_nla_parse_nested(struct nlattr **tb, int max, const struct nlattr *nla,
+			   const struct nla_policy *policy, struct netlink_ext_ack *extack)
+{
+	/* tc does not set NLA_F_NESTED on TCA_OPTIONS; apart from that, be strict. */
+	return __nla_parse(tb, max, nla_data(nla), nla_len(nla), policy,
+			   NL_VALIDATE_STRICT & ~NL_VALIDATE_NESTED, extack);
+}
+
+struct page *remus_page_alloc(bool zero)
+{
+	return alloc_page(GFP_HIGHUSER | __GFP_ACCOUNT | (zero ? __GFP_ZERO : 0));
+}
+
+void remus_page_get(struct page *page)
+{
+	get_page(page);
+}
+
+void remus_page_put(struct page *page)
+{
+	put_page(page);
+}
+
+void remus_page_lock(struct page *page)
+{
+	lock_page(page);
+}
+
+void remus_page_unlock(struct page *page)
+{
+	unlock_page(page);
+}
+
+bool remus_page_maybe_pinned(struct page *page)
+{
+	return folio_maybe_dma_pinned(page_folio(page));
+}
+
+unsigned long remus_page_pfn(const struct page *page)
+{
+	return page_to_pfn(page);
+}
+
+void remus_page_copy(struct page *to, struct page *from)
+{
+	copy_highpage(to, from);
+}
+
+void remus_page_read(struct page *page, size_t offset, void *to, size_t len)
+{
+	memcpy_from_page(to, page, offset, len);
+}
+
+void remus_page_write(struct page *page, size_t offset, const void *from, size_t len)
+{
+	memcpy_to_page(page, offset, from, len);
+}
+
+/*
+ * A new anonymous inode, for an address space that nothing else shares. The file that comes with it
+ * is let go at once; its operations are empty and need no module.
+ */
+struct inode *remus_inode_new(const char *name)
+{
+	static const struct file_operations none = {};
+	struct file *file = anon_inode_create_getfile(name, &none, NULL, O_RDWR, NULL);
+	struct inode *inode;
+
+	if (IS_ERR(file))
+		return ERR_CAST(file);
+	inode = file_inode(file);
+	ihold(inode);
+	fput(file);
+	return inode;
+}
+
+struct address_space *remus_inode_mapping(const struct inode *inode)
+{
+	return inode->i_mapping;
+}
+
+void remus_file_set_mapping(struct file *file, struct inode *inode)
+{
+	file->f_mapping = inode->i_mapping;
+}

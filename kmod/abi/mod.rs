@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Abstractions over the C side of the kernel that the `kernel` crate does not have yet.
+//!
+//! All `unsafe` of the module is below this directory, and no raw kernel pointer leaves it. Each
+//! file is one abstraction, written so that it could become part of the `kernel` crate:
+//!
+//! | file | of |
+//! |---|---|
+//! | `lock.rs` | `spin_lock_bh()` |
+//! | `skb.rs` | packets: `struct sk_buff`, owned, alone or in a queue |
+//! | `netdev.rs` | `struct net_device`, as far as a qdisc sees it |
+//! | `qdisc.rs` | queue disciplines |
+//! | `hook.rs` | netfilter's ingress hook of a device |
+//! | `netlink.rs` | attributes, policies, extended acknowledgements, generic netlink families |
+//! | `page.rs` | pages that user space may map |
+//! | `ramdev.rs` | a character device whose mappings track writes |
+
+mod bindings;
+pub(crate) mod hook;
+pub(crate) mod lock;
+pub(crate) mod netdev;
+pub(crate) mod netlink;
+pub(crate) mod page;
+pub(crate) mod qdisc;
+pub(crate) mod ramdev;
+pub(crate) mod skb;
+
+use kernel::error::Error;
+
+/// A value that threads may share although its type does not say so.
+///
+/// # Invariants
+///
+/// The value is never changed while it is shared, or only by C code that has its own rules for it.
+#[repr(transparent)]
+struct AssertSync<T>(T);
+
+// SAFETY: By the type invariant.
+unsafe impl<T> Sync for AssertSync<T> {}
+// SAFETY: By the type invariant, nothing in the value belongs to one thread.
+unsafe impl<T> Send for AssertSync<T> {}
+
+/// A C structure for which all bits zero is a valid value.
+///
+/// # Safety
+///
+/// All bits zero must be a valid value: integers, nullable pointers, and arrays of these.
+unsafe trait Plain: Sized {
+    /// All bits zero.
+    const ZERO: Self = {
+        let zero = core::mem::MaybeUninit::<Self>::zeroed();
+        // SAFETY: By the safety requirement of the trait.
+        unsafe { zero.assume_init() }
+    };
+}
+
+macro_rules! plain {
+    ($($name:ident)*) => {
+        // SAFETY: Integers, bit fields, and pointers that C allows to be null.
+        $(unsafe impl Plain for bindings::$name {})*
+    };
+}
+plain!(Qdisc_ops genl_family genl_ops miscdevice file_operations nf_hook_ops nla_policy vm_operations_struct);
+
+/// `EOPNOTSUPP`, which `kernel::error::code` lacks.
+pub(crate) fn not_supported() -> Error {
+    Error::from_errno(-(bindings::EOPNOTSUPP as i32))
+}
+
+/// `EALREADY`, which `kernel::error::code` lacks.
+pub(crate) fn already() -> Error {
+    Error::from_errno(-(bindings::EALREADY as i32))
+}
+
+/// Whether the calling process may administer the network of the host (`CAP_NET_ADMIN` in the
+/// initial user namespace).
+pub(crate) fn is_net_admin() -> bool {
+    // SAFETY: `capable` may be called in process context, which is where its callers are.
+    unsafe { bindings::capable(bindings::CAP_NET_ADMIN as i32) }
+}

@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Packets.
+//!
+//! C header: [`include/linux/skbuff.h`](srctree/include/linux/skbuff.h)
+
+use super::bindings;
+use core::{
+    mem::ManuallyDrop,
+    ptr::{
+        null_mut,
+        NonNull, //
+    },
+};
+
+/// A packet.
+///
+/// Dropping it frees it, and tells the kernel's drop monitor that a queue discipline did. Any
+/// context.
+///
+/// # Invariants
+///
+/// Points to a valid `struct sk_buff` that this value alone owns, that is on no list, and whose
+/// control block belongs to the queue discipline layer.
+pub(crate) struct Packet(NonNull<bindings::sk_buff>);
+
+// SAFETY: A packet that is on no list can be used by whichever thread owns it.
+unsafe impl Send for Packet {}
+
+impl Packet {
+    /// Takes over a packet from C.
+    ///
+    /// # Safety
+    ///
+    /// The caller owns the packet, gives it up, and the packet is on no list. The control block of
+    /// the packet is not in use by another layer.
+    pub(super) unsafe fn from_raw(skb: NonNull<bindings::sk_buff>) -> Self {
+        // INVARIANT: By the safety requirements.
+        Self(skb)
+    }
+
+    /// Hands the packet over to C.
+    pub(super) fn into_raw(self) -> *mut bindings::sk_buff {
+        ManuallyDrop::new(self).0.as_ptr()
+    }
+
+    /// The packet, for a call that leaves it where it is.
+    pub(super) fn as_ptr(&self) -> *mut bindings::sk_buff {
+        self.0.as_ptr()
+    }
+
+    /// Bytes in the packet, from the header that the holding layer sees.
+    pub(crate) fn len(&self) -> u32 {
+        // SAFETY: The packet is valid by the type invariant.
+        unsafe { bindings::remus_skb_len(self.0.as_ptr()) }
+    }
+
+    /// Bytes of memory that the packet keeps.
+    pub(crate) fn memory(&self) -> u32 {
+        // SAFETY: The packet is valid by the type invariant.
+        unsafe { bindings::remus_skb_truesize(self.0.as_ptr()) }
+    }
+
+    /// Makes a received packet independent of its sender. False if there is no memory for it: such
+    /// a packet cannot be held, as the sender could still change it.
+    #[must_use]
+    pub(crate) fn detach(&mut self) -> bool {
+        // SAFETY: The packet is valid and owned by the type invariant.
+        unsafe { bindings::remus_skb_detach(self.0.as_ptr()) }
+    }
+}
+
+impl Drop for Packet {
+    fn drop(&mut self) {
+        // SAFETY: The packet is owned by the type invariant, and not used after this.
+        unsafe { bindings::remus_skb_free(self.0.as_ptr()) }
+    }
+}
+
+/// A first-in first-out queue of packets, each with the epoch it belongs to.
+///
+/// # Invariants
+///
+/// `head` is null, or points to the first of a chain of packets linked through `->next` that this
+/// value owns, each with an epoch in its control block; `tail` then points to the last. `packets`,
+/// `bytes` and `memory` are sums over the chain.
+pub(crate) struct PacketQueue {
+    head: *mut bindings::sk_buff,
+    tail: *mut bindings::sk_buff,
+    packets: u64,
+    bytes: u64,
+    memory: u64,
+}
+
+// SAFETY: The packets belong to the queue, whichever thread has it.
+unsafe impl Send for PacketQueue {}
+
+impl PacketQueue {
+    /// An empty queue.
+    pub(crate) const fn new() -> Self {
+        Self {
+            head: null_mut(),
+            tail: null_mut(),
+            packets: 0,
+            bytes: 0,
+            memory: 0,
+        }
+    }
+
+    /// How many packets are in the queue.
+    pub(crate) fn packets(&self) -> u64 {
+        self.packets
+    }
+
+    /// Sum of [`Packet::len`].
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Sum of [`Packet::memory`].
+    pub(crate) fn memory(&self) -> u64 {
+        self.memory
+    }
+
+    /// Appends a packet of `epoch`.
+    pub(crate) fn push(&mut self, packet: Packet, epoch: u64) {
+        self.packets += 1;
+        self.bytes += u64::from(packet.len());
+        self.memory += u64::from(packet.memory());
+        let skb = packet.into_raw();
+        // SAFETY: The packet was owned, so nothing else has it; its control block is the queue
+        // discipline's, by the invariant of `Packet`. `tail` is valid if it is not null.
+        unsafe {
+            bindings::remus_skb_set_epoch(skb, epoch);
+            bindings::remus_skb_set_next(skb, null_mut());
+            if self.tail.is_null() {
+                self.head = skb;
+            } else {
+                bindings::remus_skb_set_next(self.tail, skb);
+            }
+        }
+        self.tail = skb;
+    }
+
+    /// Takes out the first packet if its epoch is at most `epoch`.
+    pub(crate) fn pop(&mut self, epoch: u64) -> Option<Packet> {
+        let skb = NonNull::new(self.head)?;
+        // SAFETY: The chain is valid by the type invariant, and each packet has an epoch.
+        unsafe {
+            if bindings::remus_skb_epoch(skb.as_ptr()) > epoch {
+                return None;
+            }
+            self.head = bindings::remus_skb_next(skb.as_ptr());
+            bindings::remus_skb_set_next(skb.as_ptr(), null_mut());
+        }
+        if self.head.is_null() {
+            self.tail = null_mut();
+        }
+        // SAFETY: The queue owned the packet, which is now off the chain.
+        let packet = unsafe { Packet::from_raw(skb) };
+        self.packets -= 1;
+        self.bytes -= u64::from(packet.len());
+        self.memory -= u64::from(packet.memory());
+        Some(packet)
+    }
+
+    /// Hands the packets to the network stack, in order, as received after the ingress hook of
+    /// their device (see [`super::hook`]). Process context, no lock held. At most a few hundred
+    /// packets at once: the receiving side's backlog is bounded.
+    pub(crate) fn receive(self) {
+        let first = ManuallyDrop::new(self).head;
+        // SAFETY: The chain is valid, and given up: `self` is not dropped.
+        unsafe { bindings::remus_skb_receive(first) }
+    }
+}
+
+impl Drop for PacketQueue {
+    fn drop(&mut self) {
+        while self.pop(u64::MAX).is_some() {}
+    }
+}

@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The queue discipline `remus`: makes a network interface a port of a domain.
+//!
+//! `tc qdisc add dev vif1.0 root remus` is enough; the domain then has the interface's name. What
+//! the port holds, and when it lets go, is in `port.rs`; here are the options.
+
+pub(crate) mod port;
+
+use crate::{
+    abi::{
+        hook::IngressHook,
+        is_net_admin,
+        netlink::{
+            Ack,
+            Attr,
+            Attrs,
+            Message,
+            Policy, //
+        },
+        qdisc::{
+            Control,
+            Enqueued,
+            Outgoing,
+            Qdisc,
+            Queue,
+            Waker, //
+        },
+        skb::Packet,
+        not_supported, //
+    },
+    core::uapi::{
+        self,
+        direction,
+        tca, //
+    },
+    domain::{
+        self,
+        Name, //
+    },
+    refusal::{
+        refusal,
+        Refusal, //
+    },
+};
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
+use port::{
+    Direction,
+    Limits,
+    Port, //
+};
+
+const LEN: usize = tca::MAX as usize + 1;
+
+static POLICY: [Policy; LEN] = {
+    let mut policy = [Policy::REFUSED; LEN];
+    policy[tca::DOMAIN as usize] = Policy::string(uapi::NAME_MAX as u16);
+    policy[tca::DIRECTION as usize] = Policy::U8;
+    policy[tca::LIMIT_PACKETS as usize] = Policy::U32;
+    policy[tca::LIMIT_BYTES as usize] = Policy::U64;
+    policy
+};
+
+/// What `tc` said; what it did not say is `None`.
+#[derive(Default)]
+struct Options {
+    domain: Option<Name>,
+    direction: Option<Direction>,
+    limit_packets: Option<u64>,
+    limit_bytes: Option<u64>,
+}
+
+impl Options {
+    fn parse(nest: Option<Attr<'_>>, ack: &Ack<'_>) -> Result<Self> {
+        let Some(nest) = nest else {
+            return Ok(Self::default());
+        };
+        Attrs::nested(nest, &POLICY, ack, |attrs| {
+            let number = |n| attrs.get(n).map(|a| a.number());
+            let say = |n, refusal: Refusal| {
+                if let Some(attr) = attrs.get(n) {
+                    ack.blame(attr);
+                }
+                ack.say(refusal.text.as_bytes());
+                refusal.error
+            };
+            Ok(Self {
+                domain: match attrs.get(tca::DOMAIN) {
+                    Some(name) => {
+                        Some(Name::new(name.string()).map_err(|r| say(tca::DOMAIN, r))?)
+                    }
+                    None => None,
+                },
+                direction: match number(tca::DIRECTION) {
+                    None => None,
+                    Some(n) if n == u64::from(direction::GUEST) => Some(Direction::Guest),
+                    Some(n) if n == u64::from(direction::EGRESS) => Some(Direction::Egress),
+                    Some(_) => {
+                        let refusal = refusal!(EINVAL, "the direction is guest or egress");
+                        return Err(say(tca::DIRECTION, refusal));
+                    }
+                },
+                limit_packets: number(tca::LIMIT_PACKETS),
+                limit_bytes: number(tca::LIMIT_BYTES),
+            })
+        })
+    }
+
+    fn limits(&self, now: Limits) -> Limits {
+        Limits {
+            packets: self.limit_packets.unwrap_or(now.packets),
+            bytes: self.limit_bytes.unwrap_or(now.bytes),
+        }
+    }
+}
+
+impl Qdisc for Port {
+    const KIND: &'static [u8] = uapi::FAMILY.as_bytes();
+
+    fn init(
+        control: &Control<'_>,
+        options: Option<Attr<'_>>,
+        waker: Arc<Waker>,
+        ack: &Ack<'_>,
+    ) -> Result<Arc<Self>> {
+        let say = |refusal: Refusal| {
+            ack.say(refusal.text.as_bytes());
+            refusal.error
+        };
+        // Whoever may configure a namespace of his own must not get at domains of the host.
+        if !is_net_admin() {
+            return Err(say(refusal!(EPERM, "needs CAP_NET_ADMIN of the host, not of a container")));
+        }
+        if !control.is_root() {
+            return Err(say(refusal!(not_supported(), "remus has to be the root of its device")));
+        }
+        let options = Options::parse(options, ack)?;
+        let device = control.device();
+        let name = match options.domain {
+            Some(name) => name,
+            None => Name::new(device.name()).map_err(|_| {
+                say(refusal!(EINVAL, "the device's name cannot be a domain's: give domain NAME"))
+            })?,
+        };
+        let direction = options.direction.unwrap_or(if device.is_guest() {
+            Direction::Guest
+        } else {
+            Direction::Egress
+        });
+        let limits = options.limits(Limits::DEFAULT);
+        domain::join(name, |domain| Port::new(domain, direction, limits, waker)).map_err(say)
+    }
+
+    fn hooks_ingress(&self) -> bool {
+        self.direction() == Direction::Guest
+    }
+
+    fn change(&self, _: &Control<'_>, options: Option<Attr<'_>>, ack: &Ack<'_>) -> Result {
+        let options = Options::parse(options, ack)?;
+        let other = options.domain.is_some_and(|name| name != *self.domain().name())
+            || options.direction.is_some_and(|d| d != self.direction());
+        if other {
+            ack.say(b"domain and direction cannot change: delete the qdisc and add it again");
+            return Err(not_supported());
+        }
+        self.set_limits(options.limits(self.limits()));
+        Ok(())
+    }
+
+    fn enqueue(&self, queue: &Queue<'_>, packet: Outgoing<'_>) -> Enqueued {
+        match self.direction() {
+            Direction::Guest => packet.pass(queue),
+            Direction::Egress => self.hold_outgoing(queue, packet),
+        }
+    }
+
+    fn dequeue(&self, queue: &Queue<'_>) -> Option<Packet> {
+        match self.direction() {
+            Direction::Guest => queue.fifo_dequeue(),
+            Direction::Egress => {
+                let packet = self.next_released()?;
+                queue.sent(&packet);
+                Some(packet)
+            }
+        }
+    }
+
+    fn reset(&self, queue: &Queue<'_>) {
+        match self.direction() {
+            // What the guest sent before is still held, by epoch.
+            Direction::Guest => queue.fifo_purge(),
+            Direction::Egress => {
+                self.discard();
+                // Nothing of it is in the instance's own queue; this sets the counters to zero.
+                queue.fifo_purge();
+            }
+        }
+    }
+
+    fn destroy(this: &Arc<Self>) {
+        this.close();
+    }
+
+    fn dump(&self, message: &mut Message<'_>) -> Result {
+        let limits = self.limits();
+        message.put_string(tca::DOMAIN, self.domain().name().as_bytes())?;
+        message.put_u8(
+            tca::DIRECTION,
+            match self.direction() {
+                Direction::Guest => direction::GUEST,
+                Direction::Egress => direction::EGRESS,
+            },
+        )?;
+        message.put_u32(tca::LIMIT_PACKETS, u32::try_from(limits.packets).unwrap_or(u32::MAX))?;
+        message.put_u64(tca::LIMIT_BYTES, limits.bytes)
+    }
+}
+
+impl IngressHook for Port {
+    fn receive(&self, packet: Packet) -> Option<Packet> {
+        self.hold_incoming(packet);
+        None
+    }
+}
