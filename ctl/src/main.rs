@@ -1,1 +1,90 @@
-fn main(){}
+// SPDX-License-Identifier: GPL-2.0
+
+//! `remusctl`, the controller of Remus: drives the epochs of a domain over netlink, moves its data to
+//! the standby, watches the other host, takes over.
+//!
+//! Threads and blocking calls, no runtime: what happens on an epoch's path can be read off the page.
+//!
+//! | command | here |
+//! |---|---|
+//! | `doctor` | [`doctor`] |
+//! | `domain`, `seal`, `commit`, `abort` | [`domain`], on [`netlink`] and [`link`] |
+//! | `protect` | [`primary`] gathers, [`protect`] is the loop |
+//! | `standby` | [`secondary`] gathers, [`standby`] receives, [`takeover`] resumes |
+//! | `status` | [`status`], from [`netlink`] and [`live`] |
+
+mod address;
+mod args;
+mod config;
+mod doctor;
+mod domain;
+mod kernel;
+mod link;
+mod live;
+mod netlink;
+mod nlsock;
+mod primary;
+mod protect;
+mod qmp;
+mod ram;
+mod secondary;
+mod signals;
+mod standby;
+mod status;
+mod stream;
+mod takeover;
+mod trace;
+mod vmm;
+
+#[cfg(test)]
+mod tests;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+
+use crate::args::{Cli, Command, Domain};
+use crate::config::Config;
+use crate::domain::Step;
+
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(code) => ExitCode::from(code),
+        Err(e) => {
+            eprintln!("remusctl: {e:#}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<u8> {
+    match &cli.command {
+        Command::Doctor { json } => return Ok(u8::from(!doctor::run(*json)?)),
+        Command::Protect(args) => return primary::protect(args, &cli.run_dir),
+        Command::Standby(args) => return secondary::standby(args, &cli.run_dir),
+        Command::Status { name, json } => status::show(&cli.run_dir, name.as_deref(), *json)?,
+        Command::Domain(Domain::Add {
+            name,
+            memory,
+            ports,
+            config,
+            json,
+        }) => {
+            let config = config.as_deref().map(Config::read).transpose()?;
+            let of_file = |c: &Config| (c.name.clone(), Some(c.memory.0), c.ports.clone());
+            let of_line = || (String::new(), memory.map(|m| m.0), ports.clone());
+            let (file_name, memory, ports) = config.as_ref().map_or_else(of_line, of_file);
+            domain::add(name.as_ref().unwrap_or(&file_name), memory, &ports, *json)?;
+        }
+        Command::Domain(Domain::List { json }) => domain::list(*json)?,
+        Command::Domain(Domain::Show { name, json }) => domain::show(name, *json)?,
+        Command::Domain(Domain::Del { name }) => domain::del(name)?,
+        Command::Seal { name, full, json } => {
+            domain::step(name, Step::Seal { full: *full }, *json)?;
+        }
+        Command::Commit(s) => domain::step(&s.name, Step::Commit(s.epoch), s.json)?,
+        Command::Abort(s) => domain::step(&s.name, Step::Abort(s.epoch), s.json)?,
+    }
+    Ok(0)
+}

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What the loops need from the kernel, the virtual machine and its memory, as traits, so that tests
+//! can put models in their place.
+
+use anyhow::Result;
+use serde::Serialize;
+
+/// State of a domain, as `domain-get` describes it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Domain {
+    /// Name of the domain.
+    pub domain: String,
+    /// Bytes of memory, if it has any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<u64>,
+    /// Device of the memory, below `/dev`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// The epoch that it runs in.
+    pub open_epoch: u64,
+    /// The newest committed epoch, 0 if there is none.
+    pub committed_epoch: u64,
+    /// How many epochs are sealed.
+    pub sealed_epochs: u64,
+    /// Packets held.
+    pub packets: u64,
+    /// Bytes of these.
+    pub bytes: u64,
+    /// Packets dropped.
+    pub dropped: u64,
+    /// Pages written in the open epoch.
+    pub dirty_pages: u64,
+    /// Pages that exist.
+    pub resident_pages: u64,
+    /// Old contents kept, in pages.
+    pub snapshot_pages: u64,
+    /// Number of ports.
+    pub ports: u64,
+}
+
+/// What a seal, commit or abort did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Done {
+    /// Name of the domain.
+    pub domain: String,
+    /// The epoch acted on.
+    pub epoch: u64,
+    /// Packets sealed, released or taken back.
+    pub packets: u64,
+    /// Bytes of these.
+    pub bytes: u64,
+    /// Pages of the epoch.
+    pub dirty_pages: u64,
+    /// Time that it took in the kernel, in nanoseconds.
+    pub duration_ns: u64,
+}
+
+/// The epochs of domains. Every call fails with the kernel's refusal if it is refused, and has then
+/// changed nothing.
+pub trait Kernel: Send {
+    /// Describes a domain.
+    fn get(&mut self, domain: &str) -> Result<Domain>;
+    /// Seals the open epoch; with `full`, every page that exists belongs to it.
+    fn seal(&mut self, domain: &str, full: bool) -> Result<Done>;
+    /// Commits a sealed epoch and all before it.
+    fn commit(&mut self, domain: &str, epoch: u64) -> Result<Done>;
+    /// Folds a sealed epoch and all after it into the open one.
+    fn abort(&mut self, domain: &str, epoch: u64) -> Result<Done>;
+}
+
+/// The pages of sealed epochs.
+pub trait Pages: Send {
+    /// Reads records of a sealed epoch to `buffer`, from `cursor` on, which is moved; it is
+    /// `uapi::ram::END` after the last. Returns how many.
+    fn read(&mut self, epoch: u64, cursor: &mut u64, buffer: &mut [u8]) -> Result<usize>;
+}
+
+/// A running virtual machine, on the primary.
+pub trait Guest: Send {
+    /// Stops its processors and devices.
+    fn pause(&mut self) -> Result<()>;
+    /// The state of its devices, without its memory. It has to be paused.
+    fn save(&mut self) -> Result<Vec<u8>>;
+    /// Lets it go on.
+    fn resume(&mut self) -> Result<()>;
+    /// Why it has come to an orderly end, if it has: it must not be brought back then.
+    fn ended(&mut self) -> Option<String>;
+}
+
+/// The memory of the virtual machine on the standby.
+pub trait Image: Send {
+    /// Fails if there is no use in another epoch, as the virtual machine that waits has ended.
+    fn ready(&mut self) -> Result<()>;
+    /// Writes one page.
+    fn write(&mut self, page: u64, content: &[u8]) -> Result<()>;
+}
+
+/// The virtual machine that waits on the standby.
+pub trait Successor: Send {
+    /// Loads the state of its devices. Its memory is complete.
+    fn load(&mut self, state: &[u8]) -> Result<()>;
+    /// Lets it run.
+    fn resume(&mut self) -> Result<()>;
+    /// Has it tell the network where it is now.
+    fn announce(&mut self) -> Result<()>;
+}

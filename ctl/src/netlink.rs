@@ -1,0 +1,384 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The generic netlink family `remus`: docs/netlink/remus.yaml.
+
+use std::io::Cursor;
+
+use anyhow::{anyhow, bail, Context, Result};
+use neli::consts::nl::NlmF;
+use neli::genl::{AttrTypeBuilder, Genlmsghdr, GenlmsghdrBuilder, NlattrBuilder};
+use neli::nl::{NlPayload, Nlmsghdr, NlmsghdrBuilder};
+use neli::types::{Buffer, GenlBuffer};
+use neli::{FromBytes, ToBytes};
+use netlink_sys::protocols::NETLINK_GENERIC;
+use remus_core::uapi::{self, attr, cmd};
+use rustix::io::Errno;
+
+use crate::kernel::{Domain, Done, Kernel};
+use crate::nlsock::{attributes, NlSock, Refusal, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST};
+
+/// The controller's family (`GENL_ID_CTRL`), which finds families by name.
+const CTRL: u16 = 0x10;
+const CTRL_CMD_GETFAMILY: u8 = 3;
+const CTRL_ATTR_FAMILY_ID: u16 = 1;
+const CTRL_ATTR_FAMILY_NAME: u16 = 2;
+
+/// A client of the family. Commands wait for the kernel's answer; use one client for each thread.
+pub struct Remus {
+    socket: NlSock,
+    family: u16,
+}
+
+/// An attribute to send.
+enum Value<'a> {
+    Text(&'a str),
+    Uint(u64),
+    Flag,
+}
+
+impl Remus {
+    /// Finds the family. Fails with a hint if the module is not loaded.
+    pub fn connect() -> Result<Self> {
+        let mut socket = NlSock::open(NETLINK_GENERIC)?;
+        let request = encode(
+            CTRL,
+            CTRL_CMD_GETFAMILY,
+            NLM_F_ACK,
+            &[(CTRL_ATTR_FAMILY_NAME, Value::Text(uapi::FAMILY))],
+        )?;
+        let answers = socket.request(request).map_err(|e| match refusal(&e) {
+            Some(r) if r.errno() == Errno::NOENT => {
+                anyhow!("the kernel module is not loaded: insmod remus_buf.ko (as root)")
+            }
+            _ => e.context("cannot look for the kernel module"),
+        })?;
+        let family = answers
+            .first()
+            .and_then(|m| {
+                let (_, id) = attributes(m.get(20..)?).find(|a| a.0 == CTRL_ATTR_FAMILY_ID)?;
+                Some(u16::from_ne_bytes(*id.first_chunk()?))
+            })
+            .context("the kernel's list of netlink families makes no sense")?;
+        Ok(Self { socket, family })
+    }
+
+    /// Creates a domain, with memory if a size in bytes is given.
+    pub fn domain_new(&mut self, domain: &str, memory: Option<u64>) -> Result<Domain> {
+        let mut attrs = vec![(attr::DOMAIN, Value::Text(domain))];
+        attrs.extend(memory.map(|m| (attr::MEMORY, Value::Uint(m))));
+        self.one(cmd::DOMAIN_NEW, &attrs)
+            .with_context(|| format!("cannot create domain {domain}"))
+    }
+
+    /// Deletes a domain that has no port and whose memory nobody has open.
+    pub fn domain_del(&mut self, domain: &str) -> Result<()> {
+        self.call(
+            cmd::DOMAIN_DEL,
+            NLM_F_ACK,
+            &[(attr::DOMAIN, Value::Text(domain))],
+        )
+        .map(drop)
+        .map_err(|e| explain(e, domain))
+        .with_context(|| format!("cannot delete domain {domain}"))
+    }
+
+    /// Describes all domains.
+    pub fn domains(&mut self) -> Result<Vec<Domain>> {
+        let answers = self
+            .call(cmd::DOMAIN_GET, NLM_F_DUMP, &[])
+            .context("cannot list domains")?;
+        answers.iter().map(|m| Ok(decode(m)?.into())).collect()
+    }
+
+    fn call(&mut self, cmd: u8, flags: u16, attrs: &[(u16, Value<'_>)]) -> Result<Vec<Vec<u8>>> {
+        let request = encode(self.family, cmd, flags, attrs)?;
+        self.socket.request(request).map_err(|e| match refusal(&e) {
+            Some(r) if r.errno() == Errno::PERM => {
+                e.context("this needs CAP_NET_ADMIN: run it as root")
+            }
+            _ => e,
+        })
+    }
+
+    /// A command that has one answer.
+    fn one<T: From<Reply>>(&mut self, cmd: u8, attrs: &[(u16, Value<'_>)]) -> Result<T> {
+        let answers = self.call(cmd, NLM_F_ACK, attrs)?;
+        match answers.first() {
+            Some(message) => Ok(decode(message)?.into()),
+            None => bail!("the kernel module did not answer; is it of this version?"),
+        }
+    }
+
+    fn epoch(&mut self, what: &str, cmd: u8, domain: &str, more: (u16, Value<'_>)) -> Result<Done> {
+        let mut attrs = vec![(attr::DOMAIN, Value::Text(domain))];
+        // An attribute 0 stands for none.
+        if more.0 != 0 {
+            attrs.push(more);
+        }
+        self.one(cmd, &attrs)
+            .map_err(|e| explain(e, domain))
+            .with_context(|| format!("cannot {what} domain {domain}"))
+    }
+}
+
+impl Kernel for Remus {
+    fn get(&mut self, domain: &str) -> Result<Domain> {
+        self.one(cmd::DOMAIN_GET, &[(attr::DOMAIN, Value::Text(domain))])
+            .map_err(|e| explain(e, domain))
+    }
+
+    fn seal(&mut self, domain: &str, full: bool) -> Result<Done> {
+        let full = if full { attr::FULL } else { 0 };
+        self.epoch(
+            "seal the epoch of",
+            cmd::EPOCH_SEAL,
+            domain,
+            (full, Value::Flag),
+        )
+    }
+
+    fn commit(&mut self, domain: &str, epoch: u64) -> Result<Done> {
+        let what = format!("commit epoch {epoch} of");
+        self.epoch(
+            &what,
+            cmd::EPOCH_COMMIT,
+            domain,
+            (attr::EPOCH, Value::Uint(epoch)),
+        )
+    }
+
+    fn abort(&mut self, domain: &str, epoch: u64) -> Result<Done> {
+        let what = format!("abort epoch {epoch} of");
+        self.epoch(
+            &what,
+            cmd::EPOCH_ABORT,
+            domain,
+            (attr::EPOCH, Value::Uint(epoch)),
+        )
+    }
+}
+
+/// The kernel's refusal within an error, if that is what it comes from.
+pub fn refusal(error: &anyhow::Error) -> Option<&Refusal> {
+    error.downcast_ref::<Refusal>()
+}
+
+/// Adds what to do about a domain that does not exist.
+fn explain(error: anyhow::Error, domain: &str) -> anyhow::Error {
+    match refusal(&error) {
+        Some(r) if r.errno() == Errno::NOENT && r.attribute != Some(attr::EPOCH) => {
+            let hint = format!(
+                "no domain {domain} here (create it: remusctl domain add {domain} --memory SIZE)"
+            );
+            error.context(hint)
+        }
+        _ => error,
+    }
+}
+
+/// A whole request; the sequence number is left open.
+fn encode(family: u16, cmd: u8, flags: u16, attrs: &[(u16, Value<'_>)]) -> Result<Vec<u8>> {
+    let mut list = GenlBuffer::<u16, Buffer>::new();
+    for (kind, value) in attrs {
+        let payload = match value {
+            Value::Text(text) => [text.as_bytes(), &[0]].concat(),
+            // `uint` takes the shorter form where it will do.
+            Value::Uint(number) => match u32::try_from(*number) {
+                Ok(short) => short.to_ne_bytes().to_vec(),
+                Err(_) => number.to_ne_bytes().to_vec(),
+            },
+            Value::Flag => Vec::new(),
+        };
+        let nla_type = AttrTypeBuilder::default().nla_type(*kind).build()?;
+        list.push(
+            NlattrBuilder::default()
+                .nla_type(nla_type)
+                .nla_payload(Buffer::from(payload))
+                .build()?,
+        );
+    }
+    let body = GenlmsghdrBuilder::<u8, u16>::default()
+        .cmd(cmd)
+        .version(uapi::VERSION)
+        .attrs(list)
+        .build()?;
+    let message = NlmsghdrBuilder::default()
+        .nl_type(family)
+        .nl_flags(NlmF::from(flags | NLM_F_REQUEST))
+        .nl_payload(NlPayload::Payload(body))
+        .build()?;
+    let mut out = Cursor::new(Vec::new());
+    message.to_bytes(&mut out)?;
+    Ok(out.into_inner())
+}
+
+/// The attributes of an answer.
+#[derive(Debug, Default)]
+struct Reply {
+    domain: String,
+    device: Option<String>,
+    memory: Option<u64>,
+    numbers: [u64; attr::MAX as usize + 1],
+}
+
+fn decode(message: &[u8]) -> Result<Reply> {
+    let message = Nlmsghdr::<u16, Genlmsghdr<u8, u16>>::from_bytes(&mut Cursor::new(message))
+        .context("the kernel module's answer makes no sense")?;
+    let mut reply = Reply::default();
+    let Some(body) = message.get_payload() else {
+        bail!("the kernel module's answer is empty");
+    };
+    for attribute in body.attrs().iter() {
+        let kind = *attribute.nla_type().nla_type();
+        let payload = attribute.nla_payload().as_ref();
+        match kind {
+            attr::DOMAIN => reply.domain = text(payload),
+            attr::DEVICE => reply.device = Some(text(payload)),
+            attr::MEMORY => reply.memory = Some(uint(payload)?),
+            _ => {
+                // Unknown ones come from a newer module.
+                if let Some(number) = reply.numbers.get_mut(usize::from(kind)) {
+                    *number = uint(payload)?;
+                }
+            }
+        }
+    }
+    Ok(reply)
+}
+
+impl Reply {
+    fn number(&self, kind: u16) -> u64 {
+        self.numbers.get(usize::from(kind)).copied().unwrap_or(0)
+    }
+}
+
+impl From<Reply> for Domain {
+    fn from(r: Reply) -> Self {
+        Self {
+            open_epoch: r.number(attr::OPEN_EPOCH),
+            committed_epoch: r.number(attr::COMMITTED_EPOCH),
+            sealed_epochs: r.number(attr::SEALED_EPOCHS),
+            packets: r.number(attr::PACKETS),
+            bytes: r.number(attr::BYTES),
+            dropped: r.number(attr::DROPPED),
+            dirty_pages: r.number(attr::DIRTY_PAGES),
+            resident_pages: r.number(attr::RESIDENT_PAGES),
+            snapshot_pages: r.number(attr::SNAPSHOT_PAGES),
+            ports: r.number(attr::PORTS),
+            domain: r.domain,
+            memory: r.memory,
+            device: r.device,
+        }
+    }
+}
+
+impl From<Reply> for Done {
+    fn from(r: Reply) -> Self {
+        Self {
+            epoch: r.number(attr::EPOCH),
+            packets: r.number(attr::PACKETS),
+            bytes: r.number(attr::BYTES),
+            dirty_pages: r.number(attr::DIRTY_PAGES),
+            duration_ns: r.number(attr::DURATION_NS),
+            domain: r.domain,
+        }
+    }
+}
+
+fn text(payload: &[u8]) -> String {
+    String::from_utf8_lossy(payload.strip_suffix(&[0]).unwrap_or(payload)).into_owned()
+}
+
+fn uint(payload: &[u8]) -> Result<u64> {
+    if let Ok(long) = payload.try_into() {
+        Ok(u64::from_ne_bytes(long))
+    } else if let Ok(short) = payload.try_into() {
+        Ok(u64::from(u32::from_ne_bytes(short)))
+    } else {
+        bail!("the kernel module sent a number of {} bytes", payload.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A request as bytes, so that a change of the library cannot change it unseen.
+    #[test]
+    fn request_bytes() {
+        let bytes = encode(
+            0x21,
+            cmd::EPOCH_COMMIT,
+            NLM_F_ACK,
+            &[
+                (attr::DOMAIN, Value::Text("web")),
+                (attr::EPOCH, Value::Uint(1 << 40)),
+            ],
+        )
+        .unwrap();
+        let mut want = vec![
+            40, 0, 0, 0, 0x21, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5, 1, 0, 0,
+        ];
+        want.extend([8, 0, 1, 0, b'w', b'e', b'b', 0]);
+        want.extend([12, 0, 4, 0, 0, 0, 0, 0, 0, 1, 0, 0]);
+        assert_eq!(bytes, want);
+    }
+
+    #[test]
+    fn reply() {
+        let bytes = encode(
+            0x21,
+            1,
+            0,
+            &[
+                (attr::DOMAIN, Value::Text("web")),
+                (attr::MEMORY, Value::Uint(1 << 40)),
+                (attr::PORTS, Value::Uint(3)),
+                (99, Value::Uint(3)),
+            ],
+        )
+        .unwrap();
+        let domain: Domain = decode(&bytes).unwrap().into();
+        assert_eq!((domain.memory, domain.ports), (Some(1 << 40), 3));
+        assert_eq!(domain.domain, "web");
+        for end in 0..bytes.len() {
+            let _ = decode(&bytes[..end]);
+        }
+    }
+
+    /// `uapi.rs` and the specification name the same things by the same numbers.
+    #[test]
+    fn specification() {
+        let spec = include_str!("../../docs/netlink/remus.yaml");
+        let uapi = include_str!("../../kmod/core/uapi.rs");
+        let (sets, operations) = spec.split_once("\noperations:").unwrap();
+        let names = |text: &str, indent: &str| -> Vec<String> {
+            let key = format!("\n{indent}name: ");
+            text.split(&key)
+                .skip(1)
+                .map(|t| t.lines().next().unwrap().to_owned())
+                .collect()
+        };
+        let attributes = sets.split_once("\n    attributes:").unwrap().1;
+        for (module, names) in [
+            ("attr", names(attributes, "        ")),
+            ("cmd", names(operations, "      ")),
+        ] {
+            let body = uapi.split_once(&format!("pub mod {module} {{")).unwrap().1;
+            let body = body.split_once("\n}").unwrap().0;
+            let mut found = 0;
+            for (i, name) in names.iter().enumerate() {
+                let constant = name.to_uppercase().replace('-', "_");
+                let line = body
+                    .lines()
+                    .find(|l| l.contains(&format!("const {constant}:")));
+                let line = line.unwrap_or_else(|| panic!("{module}::{constant} is missing"));
+                assert!(line.ends_with(&format!("= {};", i + 1)), "{line}");
+                found += 1;
+            }
+            // One more is MAX.
+            assert_eq!(body.matches("pub const ").count(), found + 1);
+            assert!(found >= 6);
+        }
+    }
+}

@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Frames over TCP: sending from several threads, receiving with a watch on silence, heartbeats.
+
+use std::fmt;
+use std::io::{self, BufReader, ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use remus_core::wire::{Header, Kind, WireError, HEADER_SIZE};
+use rustix::net::sockopt::set_socket_linger;
+
+/// Signs of life in the time after which silence counts as death.
+const BEATS: u32 = 6;
+
+/// Locks a mutex. A thread that panicked while it held one leaves nothing half done in what this
+/// program keeps in them.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The sending side of a stream. Clones send on the same stream, whole frames at a time.
+#[derive(Clone)]
+pub struct Sender {
+    stream: Arc<Mutex<TcpStream>>,
+    control: Arc<TcpStream>,
+    generation: u64,
+}
+
+impl Sender {
+    /// Sends on `stream`, for a domain of this generation.
+    pub fn new(stream: &TcpStream, generation: u64) -> Result<Self> {
+        let clone = || stream.try_clone().context("cannot duplicate a socket");
+        Ok(Self {
+            stream: Arc::new(Mutex::new(clone()?)),
+            control: Arc::new(clone()?),
+            generation,
+        })
+    }
+
+    /// Sends a frame, and returns its bytes on the wire.
+    pub fn send(&self, kind: Kind, epoch: u64, payload: &[u8]) -> Result<usize> {
+        let mut frame = vec![0; HEADER_SIZE];
+        frame.extend_from_slice(payload);
+        self.send_in_place(kind, epoch, &mut frame)
+    }
+
+    /// Sends a frame whose payload is in `frame` after [`HEADER_SIZE`] bytes, which are filled in.
+    /// Returns its bytes on the wire.
+    pub fn send_in_place(&self, kind: Kind, epoch: u64, frame: &mut [u8]) -> Result<usize> {
+        let (head, payload) = frame
+            .split_at_mut_checked(HEADER_SIZE)
+            .context("short frame")?;
+        let header = Header::new(kind, self.generation, epoch, payload)?;
+        head.copy_from_slice(&header.encode());
+        if let Err(e) = lock(&self.stream).write_all(frame) {
+            // A part of a frame may be out: nothing sensible can follow it.
+            self.shutdown();
+            return Err(Unsent(e).into());
+        }
+        Ok(frame.len())
+    }
+
+    /// Ends the stream at once: whoever waits to read or write on it is woken.
+    pub fn shutdown(&self) {
+        let _ = self.control.shutdown(Shutdown::Both);
+    }
+
+    /// Ends the stream and throws away what is still on its way out, acknowledgements above all:
+    /// the other host must not get one after this side has begun to take over.
+    pub fn cut(&self) {
+        let _ = set_socket_linger(&*self.control, Some(Duration::ZERO));
+        self.shutdown();
+    }
+}
+
+/// A frame could not be sent; the stream is of no use any more.
+#[derive(Debug)]
+pub struct Unsent(io::Error);
+
+impl fmt::Display for Unsent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cannot send to the other host: {}", self.0)
+    }
+}
+
+impl std::error::Error for Unsent {}
+
+/// Why nothing more can be received.
+#[derive(Debug)]
+pub enum Broken {
+    /// Nothing came for so long.
+    Silence(Duration),
+    /// The other side closed the stream, or it broke.
+    Closed(String),
+    /// What came is not a frame.
+    Wire(WireError),
+}
+
+impl fmt::Display for Broken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Silence(d) => write!(f, "it has been silent for {} ms", d.as_millis()),
+            Self::Closed(why) => write!(f, "the connection ended ({why})"),
+            Self::Wire(e) => e.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for Broken {}
+
+/// The receiving side of a stream.
+pub struct Receiver {
+    reader: BufReader<Watched>,
+}
+
+struct Watched {
+    stream: TcpStream,
+    heard: Instant,
+}
+
+impl Read for Watched {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let n = self.stream.read(buf)?;
+        if n > 0 {
+            self.heard = Instant::now();
+        }
+        Ok(n)
+    }
+}
+
+impl Receiver {
+    /// Receives on `stream`; silence longer than `timeout` is an error.
+    pub fn new(stream: &TcpStream, timeout: Duration) -> Result<Self> {
+        let stream = stream.try_clone().context("cannot duplicate a socket")?;
+        stream
+            .set_read_timeout(Some(timeout))
+            .context("cannot set a timeout")?;
+        let watched = Watched {
+            stream,
+            heard: Instant::now(),
+        };
+        Ok(Self {
+            reader: BufReader::with_capacity(1 << 16, watched),
+        })
+    }
+
+    /// When something was last heard.
+    pub fn heard(&self) -> Instant {
+        self.reader.get_ref().heard
+    }
+
+    /// Changes the silence that is an error.
+    pub fn set_timeout(&mut self, timeout: Duration) -> Result<()> {
+        let stream = &self.reader.get_ref().stream;
+        stream
+            .set_read_timeout(Some(timeout))
+            .context("cannot set a timeout")
+    }
+
+    /// The next frame and its payload.
+    pub fn next(&mut self) -> Result<(Header, Vec<u8>), Broken> {
+        let mut head = [0; HEADER_SIZE];
+        self.fill(&mut head)?;
+        let header = Header::decode(&head).map_err(Broken::Wire)?;
+        // The header vouches for the length, and that for at most PAYLOAD_MAX bytes.
+        let mut payload = vec![0; header.length as usize];
+        self.fill(&mut payload)?;
+        header.check(&payload).map_err(Broken::Wire)?;
+        Ok((header, payload))
+    }
+
+    fn fill(&mut self, to: &mut [u8]) -> Result<(), Broken> {
+        self.reader.read_exact(to).map_err(|e| match e.kind() {
+            ErrorKind::WouldBlock | ErrorKind::TimedOut => Broken::Silence(self.heard().elapsed()),
+            ErrorKind::UnexpectedEof => Broken::Closed("closed by the other side".into()),
+            _ => Broken::Closed(e.to_string()),
+        })
+    }
+}
+
+/// Sends signs of life until it is dropped.
+pub struct Heartbeat {
+    stop: Arc<(Mutex<bool>, Condvar)>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Heartbeat {
+    /// Starts to send several heartbeats in each `timeout`. End the stream before this is dropped, or
+    /// the drop may wait for a frame to be sent. A failure to send ends it: whoever
+    /// receives on the stream notices too.
+    pub fn start(sender: Sender, timeout: Duration) -> Result<Self> {
+        let stop = Arc::new((Mutex::new(false), Condvar::new()));
+        let seen = Arc::clone(&stop);
+        let pause = (timeout / BEATS).clamp(Duration::from_millis(5), Duration::from_millis(500));
+        let beat = move || {
+            loop {
+                let stopped = lock(&seen.0);
+                let Ok((stopped, _)) = seen.1.wait_timeout_while(stopped, pause, |s| !*s) else {
+                    return;
+                };
+                if *stopped {
+                    return;
+                }
+                // Sending may block, and whoever drops this must not.
+                drop(stopped);
+                if sender.send(Kind::Heartbeat, 0, &[]).is_err() {
+                    return;
+                }
+            }
+        };
+        let thread = thread::Builder::new()
+            .name("heartbeat".into())
+            .spawn(beat)?;
+        Ok(Self {
+            stop,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Heartbeat {
+    fn drop(&mut self) {
+        *lock(&self.stop.0) = true;
+        self.stop.1.notify_all();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
