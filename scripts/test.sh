@@ -48,7 +48,7 @@ kernel_tests() {
     if grep -q 'scripts/vm\.sh' tests/kernel/run; then
         tests/kernel/run
     else
-        scripts/module.sh debug >/dev/null
+        scripts/module.sh debug >/dev/null || return 1
         scripts/vm.sh --kernel debug --timeout 900 --out build/vm/kernel-tests -- tests/kernel/run
     fi
 }
@@ -62,5 +62,5 @@ if [ "$what" = all ] || [ "$what" = takeover ]; then step "take-overs" scripts/d
 
 [ ${#trouble[@]} = 0 ] || say "failed: ${trouble[*]}"
 [ "$skipped" = 0 ] || say "$skipped skipped"
-echo "$passed passed, $failed failed"
+echo "$passed passed, $failed failed" | tee build/test/summary
 [ "$failed" = 0 ] || exit 1

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: GPL-2.0
+# Build what the demo needs and run it in a virtual machine.
+#
+#   scripts/demo.sh [OPTION]...      options: see tests/demo/run --help
+
+. "$(dirname "$0")/lib.sh"
+
+runs=1 memory=128
+for ((i = 1; i <= $#; i++)); do
+    next=$((i + 1))
+    case ${!i} in
+        --help | -h) exec python3 "$TOP/tests/demo/run" --help ;;
+        --runs) runs=${!next:-} ;;
+        --memory) memory=${!next:-} ;;
+    esac
+done
+[[ $runs =~ ^[1-9][0-9]{0,3}$ ]] || die "--runs takes a number of take-overs from 1 to 9999."
+[[ $memory =~ ^[1-9][0-9]{1,4}$ && $memory -ge 96 ]] || die "--memory takes the guest's memory in MiB, at least 96."
+
+run_tools
+KDIR=$("$TOP/scripts/kernel.sh" release)
+export KDIR
+"$TOP/scripts/module.sh" release >/dev/null
+build_tools
+say "building remusctl"
+(cd "$TOP/ctl" && CARGO_TARGET_DIR=$TOP/build/cargo "$CARGO" build --quiet --release --locked) ||
+    die "remusctl does not build: see the lines above."
+guest=$("$TOP/scripts/guest.sh")
+say "booting the machine that holds both hosts"
+# Both hosts' guests and what is copied on write, besides the system itself.
+"$TOP/scripts/vm.sh" --timeout $((120 + runs * 120)) --memory $((1536 + 3 * memory)) --out "$TOP/build/vm/demo" \
+    -- "$TOP/tests/demo/run" --guest "$guest" "$@"

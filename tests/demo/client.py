@@ -1,0 +1,129 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""A client of Redis that holds one TCP connection and never forgives.
+
+    client.py ADDRESS PORT RECORDS SUMMARY
+
+Sends INCR, one at a time, and checks that each reply is the previous one plus 1. Every reply becomes
+a line of RECORDS: time (Unix, s), latency (ms), value. On SIGTERM it asks once more for the value and
+writes SUMMARY:
+
+    requests    INCRs that were answered
+    lost        acknowledged INCRs that the server does not know any more (the value went back)
+    duplicated  INCRs that were applied more than once (the value jumped)
+    connection  "kept", or "broken", with the reason in `error`
+"""
+
+import json
+import select
+import signal
+import socket
+import sys
+import time
+
+
+class Broken(Exception):
+    """The connection is of no more use."""
+
+
+class Client:
+    def __init__(self, address, port, records):
+        self.records = records
+        self.stop = False
+        self.buffer = b""
+        self.value = 0
+        self.counts = {"requests": 0, "lost": 0, "duplicated": 0}
+        # The guest may only be heard once the first epoch is committed.
+        self.socket = socket.create_connection((address, port), timeout=60)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.setblocking(False)
+
+    def line(self, patience=None):
+        """The next line from the server; None if told to stop, or after `patience` seconds."""
+        end = None if patience is None else time.monotonic() + patience
+        while b"\r\n" not in self.buffer:
+            if (self.stop and end is None) or (end is not None and time.monotonic() > end):
+                return None
+            if select.select([self.socket], [], [], 0.1)[0]:
+                try:
+                    data = self.socket.recv(4096)
+                except OSError as e:
+                    raise Broken(f"connection failed: {e.strerror}") from e
+                if not data:
+                    raise Broken("the server closed the connection")
+                self.buffer += data
+        line, self.buffer = self.buffer.split(b"\r\n", 1)
+        return line
+
+    def number(self, line):
+        if not line.startswith(b":"):
+            raise Broken(f"the server answered {line[:80]!r} to INCR")
+        return int(line[1:])
+
+    def run(self):
+        self.socket.sendall(b"SET demo 0\r\n")
+        reply = self.line(60)
+        if reply != b"+OK":
+            raise Broken(f"the server answered {reply!r} to SET")
+        while not self.stop:
+            begin = time.monotonic()
+            self.socket.sendall(b"INCR demo\r\n")
+            reply = self.line()
+            if reply is None:
+                break
+            now, value = time.time(), self.number(reply)
+            latency = (time.monotonic() - begin) * 1000
+            self.counts["requests"] += 1
+            self.check(value, self.value + 1)
+            self.value = value
+            self.records.write(f"{now:.6f} {latency:.3f} {value}\n")
+            self.records.flush()
+
+    def check(self, value, expected):
+        if value > expected:
+            self.counts["duplicated"] += value - expected
+        elif value < expected:
+            self.counts["lost"] += expected - value
+
+    def last_word(self):
+        """An INCR may be on its way: its reply comes first, and then the value itself must agree."""
+        self.socket.sendall(b"GET demo\r\n")
+        while True:
+            line = self.line(5)
+            if line is None:
+                raise Broken("no answer at the end")
+            if line.startswith(b":"):
+                self.check(self.number(line), self.value + 1)
+                self.counts["requests"] += 1
+                self.value = self.number(line)
+            elif line.startswith(b"$"):
+                text = self.line(5)
+                self.check(int(text or 0), self.value)
+                return
+
+
+def main():
+    address, port, records, summary = sys.argv[1:]
+    result = {"connection": "kept", "error": None}
+    with open(records, "w", encoding="ascii") as file:
+        client = None
+
+        def stop(*_):
+            if client is not None:
+                client.stop = True
+            else:
+                sys.exit(1)
+
+        signal.signal(signal.SIGTERM, stop)
+        try:
+            client = Client(address, int(port), file)
+            client.run()
+            client.last_word()
+        except (Broken, OSError) as e:
+            result = {"connection": "broken", "error": str(e)}
+        result |= client.counts if client else {"requests": 0, "lost": 0, "duplicated": 0}
+    with open(summary, "w", encoding="ascii") as file:
+        json.dump(result, file)
+
+
+main()
