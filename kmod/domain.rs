@@ -61,7 +61,9 @@ impl Name {
     /// Checks a name.
     pub(crate) fn new(name: &[u8]) -> Result<Self, Refusal> {
         let fits = name.first().is_some_and(u8::is_ascii_alphanumeric)
-            && name.iter().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(b));
+            && name
+                .iter()
+                .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(b));
         let mut bytes = [0; uapi::NAME_MAX];
         match bytes.get_mut(..name.len()) {
             Some(to) if fits => to.copy_from_slice(name),
@@ -281,11 +283,17 @@ fn refused(why: Refused, epoch: u64) -> Refusal {
     match why {
         Refused::Open => refusal!(EINVAL, "epoch {epoch} is open: seal it first"),
         Refused::Committed => refusal!(already(), "epoch {epoch} was committed before"),
-        Refused::Aborted => refusal!(EINVAL, "epoch {epoch} was aborted: it is part of a later one"),
+        Refused::Aborted => refusal!(
+            EINVAL,
+            "epoch {epoch} was aborted: it is part of a later one"
+        ),
         Refused::Future => refusal!(EINVAL, "the domain has not come to epoch {epoch} yet"),
         Refused::Zero => refusal!(EINVAL, "epochs start at 1"),
         Refused::TooManyGaps => {
-            refusal!(EBUSY, "too many aborts while older epochs wait: commit or abort these")
+            refusal!(
+                EBUSY,
+                "too many aborts while older epochs wait: commit or abort these"
+            )
         }
         Refused::Exhausted => refusal!(ERANGE, "the epoch numbers are used up"),
     }
@@ -336,12 +344,20 @@ pub(crate) fn new(name: Name, memory: Option<u64>) -> Result<Arc<Domain>, Refusa
             ));
         }
         if size > uapi::MEMORY_MAX {
-            return Err(refusal!(E2BIG, "memory is at most {} bytes", uapi::MEMORY_MAX));
+            return Err(refusal!(
+                E2BIG,
+                "memory is at most {} bytes",
+                uapi::MEMORY_MAX
+            ));
         }
     }
     let mut domains = DOMAINS.lock();
     if find(&domains, &name).is_some() {
-        return Err(refusal!(EEXIST, "there is a domain '{}' already", name.as_str()));
+        return Err(refusal!(
+            EEXIST,
+            "there is a domain '{}' already",
+            name.as_str()
+        ));
     }
     domains.reserve(1, GFP_KERNEL)?;
     let domain = Domain::create(name, memory, false)?;
@@ -357,10 +373,16 @@ pub(crate) fn delete(name: &Name) -> Result<(), Refusal> {
         .ok_or_else(|| refusal!(ENOENT, "there is no domain '{}'", name.as_str()))?;
     let ports = domain.state.lock().ports.len();
     if ports > 0 {
-        return Err(refusal!(EBUSY, "{ports} port(s) still belong to it: tc qdisc del them first"));
+        return Err(refusal!(
+            EBUSY,
+            "{ports} port(s) still belong to it: tc qdisc del them first"
+        ));
     }
     if domain.ram().is_some_and(|ram| ram.users() > 0) {
-        return Err(refusal!(EBUSY, "its memory is in use: end the virtual machine first"));
+        return Err(refusal!(
+            EBUSY,
+            "its memory is in use: end the virtual machine first"
+        ));
     }
     domains.retain(|d| !Arc::ptr_eq(d, &domain));
     Ok(())

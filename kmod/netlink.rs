@@ -114,7 +114,14 @@ fn run(request: &Request<'_>, attrs: &Attrs<'_>, ack: &Ack<'_>) -> Result<(), Re
             let memory = attrs.get(attr::MEMORY).map(|a| a.number());
             let domain = domain::new(name, memory).map_err(|r| {
                 let about_name = r.error == EEXIST;
-                blame(if about_name { attr::DOMAIN } else { attr::MEMORY }, r)
+                blame(
+                    if about_name {
+                        attr::DOMAIN
+                    } else {
+                        attr::MEMORY
+                    },
+                    r,
+                )
             })?;
             reply(request, |m| put_domain(m, &domain))
         }
@@ -155,10 +162,7 @@ fn find(
     domain::get(name).map_err(|r| blame(attr::DOMAIN, r))
 }
 
-fn reply(
-    request: &Request<'_>,
-    f: impl FnOnce(&mut Message<'_>) -> Result,
-) -> Result<(), Refusal> {
+fn reply(request: &Request<'_>, f: impl FnOnce(&mut Message<'_>) -> Result) -> Result<(), Refusal> {
     Ok(request.reply(f)?)
 }
 

@@ -248,7 +248,10 @@ impl Ram {
 
     /// The page with this number, if it exists.
     fn resident_page(&self, index: u64) -> Option<Page> {
-        self.pages.lock().get(index as usize).map(|page| page.share())
+        self.pages
+            .lock()
+            .get(index as usize)
+            .map(|page| page.share())
     }
 
     /// Finds the next page of a sealed epoch, from `cursor` on, and its content at the seal.
@@ -259,11 +262,19 @@ impl Ram {
         content: &mut [u8; PAGE_SIZE],
     ) -> Result<Option<u64>> {
         let state = self.state.lock();
-        let sealed = state.sealed.iter().find(|s| s.epoch == epoch).ok_or(ENOENT)?;
+        let sealed = state
+            .sealed
+            .iter()
+            .find(|s| s.epoch == epoch)
+            .ok_or(ENOENT)?;
         let Some(index) = sealed.dirty.next(cursor) else {
             return Ok(None);
         };
-        let copy = sealed.copies.lock().get(index as usize).map(|page| page.share());
+        let copy = sealed
+            .copies
+            .lock()
+            .get(index as usize)
+            .map(|page| page.share());
         match copy.or_else(|| self.resident_page(index)) {
             // Without a copy it was not written since, and cannot be while `state` is held.
             Some(page) => page.read(content),
@@ -310,7 +321,11 @@ impl Ram {
         if count == room as u64 {
             // So that the caller need not ask again in vain.
             let state = self.state.lock();
-            let sealed = state.sealed.iter().find(|s| s.epoch == epoch).ok_or(ENOENT)?;
+            let sealed = state
+                .sealed
+                .iter()
+                .find(|s| s.epoch == epoch)
+                .ok_or(ENOENT)?;
             if sealed.dirty.next(cursor).is_none() {
                 cursor = uapi::END;
             }
@@ -330,7 +345,10 @@ impl Sealed {
             return Ok(());
         }
         let copy = page.copy()?;
-        self.copies.lock().store(index as usize, copy, GFP_KERNEL).map_err(|_| AllocError)?;
+        self.copies
+            .lock()
+            .store(index as usize, copy, GFP_KERNEL)
+            .map_err(|_| AllocError)?;
         self.copied += 1;
         Ok(())
     }
@@ -355,7 +373,10 @@ impl Memory for Ram {
         if let Some(page) = self.resident_page(index) {
             return Ok(page);
         }
-        self.pages.lock().store(index as usize, new.share(), GFP_KERNEL).map_err(|e| e.error)?;
+        self.pages
+            .lock()
+            .store(index as usize, new.share(), GFP_KERNEL)
+            .map_err(|e| e.error)?;
         state.resident.insert(index);
         Ok(new)
     }
@@ -366,7 +387,12 @@ impl Memory for Ram {
         let lock = page.lock();
         // The content until now is that of the newest sealed epoch that the page is in; if that has
         // a copy already, the page was written since. Older epochs got their copy when it was.
-        if let Some(sealed) = state.sealed.iter_mut().rev().find(|s| s.dirty.contains(index)) {
+        if let Some(sealed) = state
+            .sealed
+            .iter_mut()
+            .rev()
+            .find(|s| s.dirty.contains(index))
+        {
             sealed.keep(index, &lock)?;
         }
         state.dirty.insert(index);
@@ -392,5 +418,8 @@ impl Memory for Ram {
 fn page_set(pages: u64) -> Result<PageSet, AllocError> {
     let words = usize::try_from(dirty::words(pages)).map_err(|_| AllocError)?;
     // A size that cannot be had is the caller's mistake, not worth a warning in the log.
-    Ok(Dirty::new(KVVec::from_elem(0, words, GFP_KERNEL | __GFP_NOWARN)?, pages))
+    Ok(Dirty::new(
+        KVVec::from_elem(0, words, GFP_KERNEL | __GFP_NOWARN)?,
+        pages,
+    ))
 }

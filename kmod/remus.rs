@@ -16,7 +16,11 @@
 use kernel::prelude::*;
 
 mod abi;
-#[allow(dead_code, unreachable_pub, reason = "public, and used in part, elsewhere")]
+#[allow(
+    dead_code,
+    unreachable_pub,
+    reason = "public, and used in part, elsewhere"
+)]
 mod core {
     //! Logic without kernel types; the controller compiles the same files.
 

@@ -18,6 +18,7 @@ use crate::{
             Message,
             Policy, //
         },
+        not_supported, //
         qdisc::{
             Control,
             Enqueued,
@@ -27,7 +28,6 @@ use crate::{
             Waker, //
         },
         skb::Packet,
-        not_supported, //
     },
     core::uapi::{
         self,
@@ -89,9 +89,7 @@ impl Options {
             };
             Ok(Self {
                 domain: match attrs.get(tca::DOMAIN) {
-                    Some(name) => {
-                        Some(Name::new(name.string()).map_err(|r| say(tca::DOMAIN, r))?)
-                    }
+                    Some(name) => Some(Name::new(name.string()).map_err(|r| say(tca::DOMAIN, r))?),
                     None => None,
                 },
                 direction: match number(tca::DIRECTION) {
@@ -132,17 +130,26 @@ impl Qdisc for Port {
         };
         // Whoever may configure a namespace of his own must not get at domains of the host.
         if !is_net_admin() {
-            return Err(say(refusal!(EPERM, "needs CAP_NET_ADMIN of the host, not of a container")));
+            return Err(say(refusal!(
+                EPERM,
+                "needs CAP_NET_ADMIN of the host, not of a container"
+            )));
         }
         if !control.is_root() {
-            return Err(say(refusal!(not_supported(), "remus has to be the root of its device")));
+            return Err(say(refusal!(
+                not_supported(),
+                "remus has to be the root of its device"
+            )));
         }
         let options = Options::parse(options, ack)?;
         let device = control.device();
         let name = match options.domain {
             Some(name) => name,
             None => Name::new(device.name()).map_err(|_| {
-                say(refusal!(EINVAL, "the device's name cannot be a domain's: give domain NAME"))
+                say(refusal!(
+                    EINVAL,
+                    "the device's name cannot be a domain's: give domain NAME"
+                ))
             })?,
         };
         let direction = options.direction.unwrap_or(if device.is_guest() {
@@ -160,7 +167,9 @@ impl Qdisc for Port {
 
     fn change(&self, _: &Control<'_>, options: Option<Attr<'_>>, ack: &Ack<'_>) -> Result {
         let options = Options::parse(options, ack)?;
-        let other = options.domain.is_some_and(|name| name != *self.domain().name())
+        let other = options
+            .domain
+            .is_some_and(|name| name != *self.domain().name())
             || options.direction.is_some_and(|d| d != self.direction());
         if other {
             ack.say(b"domain and direction cannot change: delete the qdisc and add it again");
@@ -214,7 +223,10 @@ impl Qdisc for Port {
                 Direction::Egress => direction::EGRESS,
             },
         )?;
-        message.put_u32(tca::LIMIT_PACKETS, u32::try_from(limits.packets).unwrap_or(u32::MAX))?;
+        message.put_u32(
+            tca::LIMIT_PACKETS,
+            u32::try_from(limits.packets).unwrap_or(u32::MAX),
+        )?;
         message.put_u64(tca::LIMIT_BYTES, limits.bytes)
     }
 }

@@ -276,14 +276,9 @@ impl Message<'_> {
     }
 
     /// Appends a nest with what `f` writes.
-    pub(crate) fn put_nest(
-        &mut self,
-        number: u16,
-        f: impl FnOnce(&mut Self) -> Result,
-    ) -> Result {
+    pub(crate) fn put_nest(&mut self, number: u16, f: impl FnOnce(&mut Self) -> Result) -> Result {
         // SAFETY: The message is valid by the type invariant.
-        let start =
-            unsafe { bindings::remus_nla_nest_start(self.0.as_ptr(), c_int::from(number)) };
+        let start = unsafe { bindings::remus_nla_nest_start(self.0.as_ptr(), c_int::from(number)) };
         if start.is_null() {
             return Err(EMSGSIZE);
         }
@@ -353,9 +348,8 @@ impl<'a> Request<'a> {
     pub(crate) fn reply(&self, f: impl FnOnce(&mut Message<'_>) -> Result) -> Result {
         let mut header = null_mut();
         // SAFETY: The request is valid by the type invariant.
-        let skb = unsafe {
-            bindings::remus_genl_reply_new(self.0.as_ptr(), self.command(), &mut header)
-        };
+        let skb =
+            unsafe { bindings::remus_genl_reply_new(self.0.as_ptr(), self.command(), &mut header) };
         let skb = NonNull::new(skb).ok_or(ENOMEM)?;
         // SAFETY: A new message, owned by this function until it is sent or freed.
         if let Err(error) = f(&mut unsafe { Message::from_raw(skb) }) {

@@ -71,9 +71,7 @@ impl Page {
     /// Copies the whole content out. It is torn if somebody writes meanwhile.
     pub(crate) fn read(&self, to: &mut [u8; PAGE_SIZE]) {
         // SAFETY: Valid by the type invariant; both are a page long.
-        unsafe {
-            bindings::remus_page_read(self.0.as_ptr(), 0, to.as_mut_ptr().cast(), PAGE_SIZE)
-        };
+        unsafe { bindings::remus_page_read(self.0.as_ptr(), 0, to.as_mut_ptr().cast(), PAGE_SIZE) };
     }
 }
 

@@ -26,10 +26,10 @@ use super::{
         Attr,
         Message, //
     },
+    not_supported, //
     skb::Packet,
     AssertSync,
     Plain,
-    not_supported, //
 };
 use core::{
     marker::PhantomData,
@@ -101,7 +101,9 @@ impl<'a> Control<'a> {
         // SAFETY: The instance holds its device; the RTNL is held by the type invariant. A qdisc
         // has a device.
         unsafe {
-            Device::from_raw(NonNull::new_unchecked(bindings::remus_qdisc_dev(self.0.as_ptr())))
+            Device::from_raw(NonNull::new_unchecked(bindings::remus_qdisc_dev(
+                self.0.as_ptr(),
+            )))
         }
     }
 
@@ -306,13 +308,19 @@ impl<T: Qdisc> Registration<T> {
         };
         // SAFETY: Both are this request's, during this call.
         let (options, ack) = unsafe {
-            (NonNull::new(options).map(|o| Attr::from_raw(o)), Ack::from_raw(ack))
+            (
+                NonNull::new(options).map(|o| Attr::from_raw(o)),
+                Ack::from_raw(ack),
+            )
         };
         // INVARIANT: Valid, and the RTNL held, during this call.
         let control = Control(sch, PhantomData);
         let mut create = || {
             let waker = private.waker.insert(Waker::new(sch)?).clone();
-            let state = private.state.insert(T::init(&control, options, waker, &ack)?).clone();
+            let state = private
+                .state
+                .insert(T::init(&control, options, waker, &ack)?)
+                .clone();
             if state.hooks_ingress() {
                 // SAFETY: `destroy` drops the registration. A device's queue disciplines are
                 // destroyed before it is unregistered or leaves its namespace.
@@ -342,7 +350,10 @@ impl<T: Qdisc> Registration<T> {
         let (state, sch) = unsafe { (&Self::private(sch).state, NonNull::new_unchecked(sch)) };
         // SAFETY: Both are this request's, during this call.
         let (options, ack) = unsafe {
-            (NonNull::new(options).map(|o| Attr::from_raw(o)), Ack::from_raw(ack))
+            (
+                NonNull::new(options).map(|o| Attr::from_raw(o)),
+                Ack::from_raw(ack),
+            )
         };
         // INVARIANT: Valid, and the RTNL held, during this call.
         let control = Control(sch, PhantomData);

@@ -206,7 +206,10 @@ impl<T: Memory> Operations<T> {
         // SAFETY: As above.
         let offset = unsafe { (*vma).vm_pgoff } as u64;
         let pages = ((new.end() - new.start()) / PAGE_SIZE) as u64;
-        if offset.checked_add(pages).is_none_or(|end| end > memory.pages()) {
+        if offset
+            .checked_add(pages)
+            .is_none_or(|end| end > memory.pages())
+        {
             return ENXIO.to_errno();
         }
         new.set_dontexpand();
@@ -346,7 +349,9 @@ impl<T: Memory> Operations<T> {
             return EINVAL.to_errno() as isize;
         };
         let room = (memory.pages() * PAGE_SIZE as u64).saturating_sub(start);
-        let len = len.min(usize::try_from(room).unwrap_or(usize::MAX)).min(1 << 30);
+        let len = len
+            .min(usize::try_from(room).unwrap_or(usize::MAX))
+            .min(1 << 30);
         let Ok(mut bounce) = KBox::new([0; PAGE_SIZE], GFP_KERNEL) else {
             return ENOMEM.to_errno() as isize;
         };
