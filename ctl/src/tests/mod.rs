@@ -1,1 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
+
+//! Tests of the two loops against each other, with a model in the kernel's place.
+
+mod faults;
+mod machine;
+mod model;
