@@ -185,6 +185,6 @@ redis_root() {
 
 # kernel_flags KDIR: what must be said to make whenever something is built against KDIR, a word a line.
 kernel_flags() {
-    printf '%s\n' "RUSTC=$RUSTC" "HOSTRUSTC=$RUSTC" "BINDGEN=$BINDGEN"
+    printf "%s\n" "RUSTC=$RUSTC" "HOSTRUSTC=$RUSTC" "CLIPPY_DRIVER=${RUSTC%/*}/clippy-driver" "BINDGEN=$BINDGEN"
     if [ -s "$1/.complete" ]; then tr -s ' ' '\n' <"$1/.complete" | grep . || true; fi
 }

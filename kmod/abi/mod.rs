@@ -73,6 +73,14 @@ pub(crate) fn already() -> Error {
     Error::from_errno(-(bindings::EALREADY as i32))
 }
 
+/// Copies as much of `name` into a C array as leaves room for the NUL that is there already.
+fn put_name(array: &mut [kernel::ffi::c_char], name: &[u8]) {
+    let room = array.len().saturating_sub(1);
+    for (to, from) in array.iter_mut().take(room).zip(name) {
+        *to = *from;
+    }
+}
+
 /// Whether the calling process may administer the network of the host (`CAP_NET_ADMIN` in the
 /// initial user namespace).
 pub(crate) fn is_net_admin() -> bool {

@@ -10,6 +10,7 @@
 
 use super::{
     bindings,
+    put_name,
     AssertSync,
     Plain, //
 };
@@ -190,11 +191,8 @@ impl Ack<'_> {
         unsafe {
             let ack = ack.as_ptr();
             let buffer = &mut (*ack)._msg_buf;
-            let room = buffer.len() - 1;
-            for (to, from) in buffer.iter_mut().zip(text.iter().take(room)) {
-                *to = *from as _;
-            }
-            buffer[text.len().min(room)] = 0;
+            buffer.fill(0);
+            put_name(buffer, text);
             (*ack)._msg = buffer.as_ptr();
         }
     }
@@ -401,9 +399,7 @@ impl<T: Handler> Registration<T> {
                 op.dumpit = Some(Self::dumpit);
             }
         }
-        for (to, from) in family.name.iter_mut().zip(T::NAME.iter().take(15)) {
-            *to = *from as _;
-        }
+        put_name(&mut family.name, T::NAME);
         family.version = u32::from(T::VERSION);
         // Domains are found from every network namespace; who may ask is checked by capability.
         family.set_netnsok(1);

@@ -27,6 +27,7 @@ use super::{
         Message, //
     },
     not_supported, //
+    put_name,
     skb::Packet,
     AssertSync,
     Plain,
@@ -266,9 +267,7 @@ impl<T: Qdisc> Registration<T> {
             }),
             GFP_KERNEL,
         )?;
-        for (to, from) in ops.0.id.iter_mut().zip(T::KIND.iter().take(15)) {
-            *to = *from as _;
-        }
+        put_name(&mut ops.0.id, T::KIND);
         // SAFETY: `ops` is complete and stays where it is, on the heap, until `drop`.
         to_result(unsafe { bindings::register_qdisc(&mut ops.0) })?;
         // INVARIANT: Just registered.

@@ -277,7 +277,7 @@ impl<T: Memory> Operations<T> {
     /// Called by the VFS for an open file.
     unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong) -> c_long {
         // SAFETY: The file is open.
-        match unsafe { Self::memory(file) }.ioctl(cmd, arg as usize) {
+        match unsafe { Self::memory(file) }.ioctl(cmd, arg) {
             Ok(value) => value as c_long,
             Err(error) => error.to_errno() as c_long,
         }
