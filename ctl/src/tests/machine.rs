@@ -1,1 +1,300 @@
+// SPDX-License-Identifier: GPL-2.0
 
+//! The whole loop with real QEMUs (emulated, so that it runs anywhere), on files in the place of the
+//! RAM device: a program that counts in memory goes on where the last epoch left it.
+
+use std::fs;
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::AtomicBool;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use remus_core::uapi::ram::PAGE_SIZE;
+
+use super::model::{until, Model};
+use crate::kernel::{Guest, Image};
+use crate::live::Shared;
+use crate::protect::{self, introduce, Parts, Plan};
+use crate::qmp::Qmp;
+use crate::ram::Ram;
+use crate::standby::{self, serve, Held, Offer};
+use crate::stream::lock;
+use crate::takeover::take_over;
+use crate::trace::Trace;
+use crate::vmm::Vmm;
+
+const MEMORY: u64 = 8 << 20;
+/// Where the program counts.
+const COUNTER: u64 = 0x7000;
+
+/// A process that is killed when the test ends, however that is.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+struct FileImage(Ram);
+
+impl Image for FileImage {
+    fn ready(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn write(&mut self, page: u64, content: &[u8]) -> Result<()> {
+        self.0.write(page, content)
+    }
+}
+
+/// A boot sector: xor ax, ax; mov ds, ax; again: inc dword [0x7000]; jmp again.
+fn boot_sector(path: &Path) {
+    let mut sector = vec![
+        0x31, 0xc0, 0x8e, 0xd8, 0x66, 0xff, 0x06, 0x00, 0x70, 0xeb, 0xf9,
+    ];
+    sector.resize(510, 0);
+    sector.extend([0x55, 0xaa]);
+    sector.resize(1_474_560, 0);
+    fs::write(path, sector).unwrap();
+}
+
+fn command(ram: &Path, floppy: &Path, qmp: &Path) -> Vec<String> {
+    let (ram, floppy, qmp) = (ram.display(), floppy.display(), qmp.display());
+    [
+        "qemu-system-x86_64",
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-accel",
+        "tcg",
+        "-machine",
+        "pc,memory-backend=ram",
+        "-m",
+        "8M",
+        "-object",
+        &format!("memory-backend-file,id=ram,size={MEMORY},mem-path={ram},share=on"),
+        "-drive",
+        &format!("if=floppy,format=raw,readonly=on,file={floppy}"),
+        "-qmp",
+        &format!("unix:{qmp},server=on,wait=off"),
+    ]
+    .map(str::to_owned)
+    .to_vec()
+}
+
+fn memory_file(path: &Path) {
+    fs::File::create(path).unwrap().set_len(MEMORY).unwrap();
+}
+
+fn counter(path: &Path) -> u32 {
+    let mut bytes = [0; 4];
+    fs::File::open(path)
+        .unwrap()
+        .read_exact_at(&mut bytes, COUNTER)
+        .unwrap();
+    u32::from_le_bytes(bytes)
+}
+
+/// Directory in memory, gone at the end.
+fn directory() -> tempfile::TempDir {
+    tempfile::Builder::new()
+        .prefix("remus-test")
+        .tempdir_in("/dev/shm")
+        .unwrap()
+}
+
+#[test]
+fn survives_its_host() {
+    if Command::new("qemu-system-x86_64")
+        .arg("--version")
+        .output()
+        .is_err()
+    {
+        eprintln!("skipped: there is no qemu-system-x86_64");
+        return;
+    }
+    let dir = directory();
+    let at = |name: &str| -> PathBuf { dir.path().join(name) };
+    let (primary_ram, standby_ram, floppy) = (at("a.ram"), at("b.ram"), at("floppy"));
+    memory_file(&primary_ram);
+    memory_file(&standby_ram);
+    boot_sector(&floppy);
+
+    let start = command(&primary_ram, &floppy, &at("a.qmp"));
+    let mut first = Killed(
+        Command::new(&start[0])
+            .args(&start[1..])
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap(),
+    );
+    until("the socket", Duration::from_secs(20), || {
+        at("a.qmp").exists()
+    });
+    let mut guest = Qmp::connect(&at("a.qmp")).unwrap();
+    guest.check_memory(&primary_ram, MEMORY).unwrap();
+    let wrong = guest
+        .check_memory(&standby_ram, MEMORY)
+        .unwrap_err()
+        .to_string();
+    assert!(wrong.contains("does not have"), "{wrong}");
+    assert!(guest.check_memory(&primary_ram, 2 * MEMORY).is_err());
+    until("the program", Duration::from_secs(60), || {
+        counter(&primary_ram) > 0
+    });
+
+    let waiting = command(&standby_ram, &floppy, &at("b.qmp"));
+    let (mut vmm, mut successor) = Vmm::start(&waiting, &at("b.qmp"), &at("b.log")).unwrap();
+
+    let copy = primary_ram.clone();
+    let model = Model::new(Arc::new(move || fs::read(&copy).unwrap()));
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (far, _) = listener.accept().unwrap();
+    let trace_path = at("trace");
+    let plan = Plan {
+        domain: "count".into(),
+        memory: MEMORY,
+        generation: 1,
+        interval: Duration::from_millis(50),
+        timeout: Duration::from_millis(800),
+        depth: 4,
+    };
+    let ram = standby_ram.clone();
+    let receiving = thread::spawn(move || {
+        let timeout = Duration::from_millis(800);
+        let offer = Offer {
+            domain: "count".into(),
+            memory: MEMORY,
+            timeout,
+        };
+        let (mut held, mut image) = (Held::default(), FileImage(Ram::open(&ram).unwrap()));
+        let (live, stop) = (Shared::default(), Arc::new(AtomicBool::new(false)));
+        let end = serve(
+            far,
+            &offer,
+            &mut held,
+            &mut image,
+            &Trace::default(),
+            &live,
+            &stop,
+        );
+        (end, held, Instant::now())
+    });
+    let (sender, receiver) = introduce(&plan, &near).unwrap();
+    drop(near);
+    let parts = Parts {
+        guest: Box::new(guest),
+        sealer: Box::new(model.clone()),
+        committer: Box::new(model.clone()),
+        pages: Box::new(model.clone()),
+        trace: Trace::open(Some(&trace_path)).unwrap(),
+        live: Shared::default(),
+        stop: Arc::default(),
+    };
+    let protecting = thread::spawn(move || protect::run(&plan, parts, sender, receiver));
+    until("20 commits", Duration::from_secs(60), || {
+        lock(&model.book).commits.len() >= 20
+    });
+    first.0.kill().unwrap();
+
+    // Its machine is gone without a word, so the loop ends, and the standby takes over.
+    let primary = protecting.join().unwrap();
+    assert!(matches!(primary, protect::End::Failed(_)), "{primary}");
+    let (end, held, noticed) = receiving.join().unwrap();
+    let standby::End::Dead(heard, _) = end else {
+        panic!("{end:?}")
+    };
+    let book = lock(&model.book);
+    assert!(*book.commits.last().unwrap() <= held.epoch);
+    let image = fs::read(&standby_ram).unwrap();
+    let want = &book.snapshots[&held.epoch];
+    let differ = image
+        .chunks(PAGE_SIZE)
+        .zip(want.chunks(PAGE_SIZE))
+        .filter(|(a, b)| a != b);
+    assert_eq!(differ.count(), 0, "S4");
+    drop(book);
+
+    let before = counter(&standby_ram);
+    assert!(before > 0);
+    let phases = take_over(&mut successor, &held, heard, noticed, &Trace::default()).unwrap();
+    assert_eq!((phases.epoch, phases.generation), (held.epoch, 2));
+    assert_eq!(successor.status().unwrap(), "running");
+    until("the count to go on", Duration::from_secs(20), || {
+        counter(&standby_ram) > before
+    });
+    assert!(vmm.ended().unwrap().is_none());
+
+    // Every epoch is in the trace, and says how long the guest stood still.
+    let trace = fs::read_to_string(&trace_path).unwrap();
+    let lines: Vec<serde_json::Value> = trace
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    assert!(lines.len() >= 20);
+    for line in &lines {
+        assert_eq!(line["event"], "epoch");
+        assert!(line["pause_ms"].as_f64().unwrap() > 0.0);
+    }
+    eprintln!("{phases:?} {}", lines[lines.len() - 1]);
+}
+
+/// A guest that is shut down is told from one whose host died.
+#[test]
+fn shutdown_is_not_death() {
+    if Command::new("qemu-system-x86_64")
+        .arg("--version")
+        .output()
+        .is_err()
+    {
+        eprintln!("skipped: there is no qemu-system-x86_64");
+        return;
+    }
+    let dir = directory();
+    let (ram, floppy, qmp) = (
+        dir.path().join("ram"),
+        dir.path().join("f"),
+        dir.path().join("q"),
+    );
+    memory_file(&ram);
+    boot_sector(&floppy);
+    let start = command(&ram, &floppy, &qmp);
+    let _first = Killed(
+        Command::new(&start[0])
+            .args(&start[1..])
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap(),
+    );
+    until("the socket", Duration::from_secs(20), || qmp.exists());
+    let mut guest = Qmp::connect(&qmp).unwrap();
+    let sizes: Vec<usize> = (0..30)
+        .map(|_| {
+            guest.pause().unwrap();
+            let state = guest.save().unwrap();
+            Guest::resume(&mut guest).unwrap();
+            state.len()
+        })
+        .collect();
+    assert!(
+        sizes
+            .iter()
+            .all(|s| *s > 1000 && s.abs_diff(sizes[0]) < 20_000),
+        "{sizes:?}"
+    );
+    assert_eq!(guest.ended(), None);
+    guest.execute("quit", serde_json::json!({})).unwrap();
+    until("the end", Duration::from_secs(10), || {
+        guest.pause().is_err()
+    });
+    assert_eq!(guest.ended().as_deref(), Some("host-qmp-quit"));
+}
