@@ -394,8 +394,9 @@ pub fn record(page: u64, content: &[u8; PAGE_SIZE], out: &mut [u8; RECORD_SIZE])
 /// CRC32C (Castagnoli) of `bytes`.
 pub fn crc32c(bytes: &[u8]) -> u32 {
     let mut crc = !0u32;
-    let (chunks, rest) = bytes.as_chunks::<8>();
-    for chunk in chunks {
+    let mut rest = bytes;
+    while let Some((chunk, after)) = rest.split_first_chunk::<8>() {
+        rest = after;
         let word = u64::from_le_bytes(*chunk) ^ u64::from(crc);
         crc = entry(7, word)
             ^ entry(6, word >> 8)

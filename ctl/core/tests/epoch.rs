@@ -2,6 +2,8 @@
 
 //! The epoch state machine against a model that keeps every epoch's fate in a list.
 
+#![allow(clippy::unwrap_used)]
+
 use proptest::prelude::*;
 use remus_core::epoch::{Epochs, Refused, MAX_RUNS};
 

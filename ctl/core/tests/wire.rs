@@ -2,6 +2,8 @@
 
 //! The wire codec: what is written is read, what is damaged is refused, nothing panics.
 
+#![allow(clippy::unwrap_used)]
+
 use proptest::prelude::*;
 use remus_core::uapi::ram::{PAGE_SIZE, RECORD_SIZE};
 use remus_core::uapi::NAME_MAX;
@@ -171,7 +173,7 @@ fn limits() {
         Err(WireError::TooLong(1 << 20 | 1))
     );
     assert!(Header::new(Kind::Pages, 1, 1, &big[1..]).is_ok());
-    assert!(RECORDS_MAX * RECORD_SIZE <= PAYLOAD_MAX);
+    const { assert!(RECORDS_MAX * RECORD_SIZE <= PAYLOAD_MAX) };
     // A header that announces more, though undamaged.
     let mut long = frame(Kind::Pages, 1, 1, b"").1;
     long[24..28].copy_from_slice(&u32::MAX.to_le_bytes());

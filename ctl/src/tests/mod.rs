@@ -2,6 +2,8 @@
 
 //! Tests of the two loops against each other, with a model in the kernel's place.
 
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 mod faults;
 mod machine;
 mod model;
