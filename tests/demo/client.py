@@ -33,10 +33,22 @@ class Client:
         self.buffer = b""
         self.value = 0
         self.counts = {"requests": 0, "lost": 0, "duplicated": 0}
-        # The guest may only be heard once the first epoch is committed.
-        self.socket = socket.create_connection((address, port), timeout=60)
+        self.socket = self.connect(address, port)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.setblocking(False)
+
+    @staticmethod
+    def connect(address, port):
+        """Nothing is promised yet, so here a second try is fair: a guest on an emulated machine may take
+        longer to answer ARP than the kernel waits."""
+        end = time.monotonic() + 60
+        while True:
+            try:
+                return socket.create_connection((address, port), timeout=60)
+            except OSError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.2)
 
     def line(self, patience=None):
         """The next line from the server; None if told to stop, or after `patience` seconds."""

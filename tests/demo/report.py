@@ -5,33 +5,45 @@ import json
 import math
 
 
-def read_trace(path):
-    """Events of a remusctl trace; a last line cut short by SIGKILL is left out."""
-    events = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                try:
-                    events.append(json.loads(line))
-                except ValueError:
-                    pass
-    except FileNotFoundError:
-        pass
-    return events
+class Follow:
+    """A file that others append lines to. Each line is parsed once, as it comes; one that is cut short
+    (its writer was killed) is left out."""
+
+    def __init__(self, path, parse):
+        self.path, self.parse = path, parse
+        self.offset, self.rest, self.items = 0, b"", []
+
+    def read(self):
+        """Everything so far."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                data = file.read()
+        except FileNotFoundError:
+            return self.items
+        self.offset += len(data)
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        for line in lines:
+            try:
+                self.items.append(self.parse(line))
+            except (ValueError, IndexError):
+                pass
+        return self.items
 
 
-def read_records(path):
+def trace(path):
+    """Events of a remusctl trace."""
+    return Follow(path, json.loads)
+
+
+def records(path):
     """Replies as (time, latency in ms, value)."""
-    replies = []
-    try:
-        with open(path, encoding="ascii") as file:
-            for line in file:
-                words = line.split()
-                if len(words) == 3 and line.endswith("\n"):
-                    replies.append((float(words[0]), float(words[1]), int(words[2])))
-    except FileNotFoundError:
-        pass
-    return replies
+
+    def parse(line):
+        words = line.split()
+        return float(words[0]), float(words[1]), int(words[2])
+
+    return Follow(path, parse)
 
 
 def percentile(values, p):
