@@ -140,6 +140,20 @@ pub fn check_name(name: &str) -> Result<()> {
     Ok(())
 }
 
+/// Checks that this host could hold `bytes` of a domain's memory, which is never swapped out.
+pub fn check_fits(bytes: u64) -> Result<()> {
+    let info = rustix::system::sysinfo();
+    let total = u64::from(info.mem_unit).saturating_mul(info.totalram);
+    if bytes > total {
+        bail!(
+            "a memory of {} MiB does not fit this host, which has {} MiB",
+            bytes >> 20,
+            total >> 20
+        );
+    }
+    Ok(())
+}
+
 /// A number of bytes, a multiple of the page size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use serde::Serialize;
 use serde_json::{json, Value};
 
-use crate::config::check_name;
+use crate::config::{check_fits, check_name};
 use crate::kernel::{Domain, Done, Kernel};
 use crate::link::{Links, Port};
 use crate::netlink::{refusal, Remus};
@@ -31,6 +31,7 @@ pub fn print_json(what: &impl Serialize) -> Result<()> {
 /// Creates a domain with memory, and makes interfaces its ports. If anything fails, nothing is left.
 pub fn add(name: &str, memory: Option<u64>, ports: &[String], as_json: bool) -> Result<()> {
     check_name(name)?;
+    check_fits(memory.unwrap_or(0))?;
     let mut kernel = Remus::connect()?;
     let mut links = Links::open()?;
     // What can be found out before anything is done.

@@ -125,6 +125,7 @@ impl Kernel for Remus {
     fn get(&mut self, domain: &str) -> Result<Domain> {
         self.one(cmd::DOMAIN_GET, &[(attr::DOMAIN, Value::Text(domain))])
             .map_err(|e| explain(e, domain))
+            .with_context(|| format!("domain {domain}"))
     }
 
     fn seal(&mut self, domain: &str, full: bool) -> Result<Done> {
@@ -167,10 +168,7 @@ pub fn refusal(error: &anyhow::Error) -> Option<&Refusal> {
 fn explain(error: anyhow::Error, domain: &str) -> anyhow::Error {
     match refusal(&error) {
         Some(r) if r.errno() == Errno::NOENT && r.attribute != Some(attr::EPOCH) => {
-            let hint = format!(
-                "no domain {domain} here (create it: remusctl domain add {domain} --memory SIZE)"
-            );
-            error.context(hint)
+            anyhow!("there is none here (create it: remusctl domain add {domain} --memory SIZE)")
         }
         _ => error,
     }

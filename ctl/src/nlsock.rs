@@ -53,10 +53,9 @@ impl Refusal {
 
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let os = std::io::Error::from_raw_os_error(self.errno);
         match &self.message {
-            Some(message) => write!(f, "{message} ({os})"),
-            None => write!(f, "{os}"),
+            Some(message) => f.write_str(message),
+            None => write!(f, "{}", std::io::Error::from_raw_os_error(self.errno)),
         }
     }
 }

@@ -102,6 +102,8 @@ struct Flight {
     epoch: u64,
     sealed: Instant,
     interval: Option<Duration>,
+    /// What made the interval longer than asked for.
+    limited_by: Option<&'static str>,
     stop: Duration,
     seal: Duration,
     save: Duration,
@@ -277,12 +279,13 @@ fn epochs(
 ) {
     let mut base = 0;
     let mut last: Option<Instant> = None;
+    let mut due = Instant::now();
+    let mut slow_pause = false;
     loop {
-        let due = last.map_or_else(Instant::now, |l| l + plan.interval);
-        let Some(waited_for_standby) = wait(plan, common, due, stop) else {
+        let Some(slow_standby) = wait(plan, common, due, stop) else {
             return;
         };
-        let late = Instant::now().saturating_duration_since(due) > plan.interval / 10;
+        let begin = Instant::now();
         let (mut flight, state) = match checkpoint(plan, guest, sealer, base == 0) {
             Ok(done) => done,
             // What fails because the guest has come to its end is no failure.
@@ -292,8 +295,17 @@ fn epochs(
             }
         };
         flight.interval = last.map(|l| flight.sealed.saturating_duration_since(l));
+        flight.limited_by = match (slow_standby, slow_pause) {
+            (true, _) => Some("replication"),
+            (_, true) => Some("pause"),
+            _ => None,
+        };
         last = Some(flight.sealed);
-        note(&mut lock(live), &flight, late, waited_for_standby);
+        // A guest whose pauses take as long as the interval still has to get somewhere.
+        let (regular, least) = (begin + plan.interval, Instant::now() + plan.interval / 4);
+        slow_pause = least > regular;
+        due = regular.max(least);
+        note(&mut lock(live), &flight);
         let (epoch, dirty_pages) = (flight.epoch, flight.dirty_pages);
         lock(&common.state).flights.push_back(flight);
         let job = Job {
@@ -365,6 +377,7 @@ fn checkpoint(
         epoch: done.epoch,
         sealed,
         interval: None,
+        limited_by: None,
         stop: stopped - begin,
         seal: sealed - stopped,
         save: saved - sealed,
@@ -377,15 +390,11 @@ fn checkpoint(
     Ok((flight, state))
 }
 
-fn note(live: &mut Live, flight: &Flight, late: bool, waited_for_standby: bool) {
+fn note(live: &mut Live, flight: &Flight) {
     live.interval_reached_ms = flight.interval.map(ms);
     live.pause_ms = Some(ms(flight.pause));
     live.dirty_pages = Some(flight.dirty_pages);
-    live.limited_by = match (waited_for_standby, late) {
-        (true, _) => Some("replication".into()),
-        (_, true) => Some("pause".into()),
-        _ => None,
-    };
+    live.limited_by = flight.limited_by.map(str::to_owned);
 }
 
 /// Sends the epochs that come through `queue`.
@@ -521,6 +530,7 @@ fn acknowledged(
                 "packets": packets,
                 "commit_lag_ms": ms(lag),
                 "in_flight": state.flights.len(),
+                "limited_by": flight.limited_by,
             }),
         );
         {

@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use serde_json::json;
 
 use crate::args::Standby;
-use crate::config::{check_name, Config, Places, Vmm as VmmConfig};
+use crate::config::{check_fits, check_name, Config, Places, Vmm as VmmConfig};
 use crate::kernel::Image;
 use crate::live::{Live, Shared, Station};
 use crate::netlink::{refusal, Remus};
@@ -139,6 +139,7 @@ pub fn standby(args: &Standby, run_dir: &Path) -> Result<u8> {
     let config = Config::read(&args.config)?;
     let local = args.local.as_deref().unwrap_or(&config.name);
     check_name(local)?;
+    check_fits(config.memory.0)?;
     let Some(command) = &config.vmm else {
         let file = args.config.display();
         bail!("{file} does not say how to start the machine: add [vmm] command = [\"qemu-system-x86_64\", …]");
