@@ -19,17 +19,19 @@ step() {
 files() { git -C "$TOP" ls-files -co --exclude-standard -- "$@" | while read -r f; do [ ! -e "$f" ] || echo "$f"; done; }
 
 mapfile -t rust < <(files '*.rs' | grep -v '_generated\.rs$')
-mapfile -t shell < <(
-    files '*.sh'
+# by_first_line PATTERN: files without a suffix whose interpreter matches.
+by_first_line() {
     files scripts tests .ci | while read -r f; do
-        [ -f "$f" ] && [[ $f != *.sh ]] && head -n 1 "$f" | grep -aqE '^#!.*\b(ba|da)?sh\b' && echo "$f"
+        if [[ -f $f && ${f##*/} != *.* ]] && head -n 1 "$f" | grep -aqE "^#!.*$1"; then echo "$f"; fi
     done
-)
-mapfile -t python < <(files '*.py')
+}
+mapfile -t shell < <(files '*.sh'; by_first_line '\b(ba|da)?sh\b')
+mapfile -t python < <(files '*.py'; by_first_line '\bpython3\b')
 
+# Each tool by its path: cargo and PATH may find the ones of a rustup with another compiler.
 # rustfmt follows "mod" lines; the module's files are checked one by one.
-step rustfmt rustfmt --check --edition 2021 --config-path "$TOP/rustfmt.toml" --config skip_children=true "${rust[@]}"
-step "clippy, controller" bash -c 'cd ctl && "$CARGO" clippy --quiet --locked --workspace --all-targets -- -D warnings'
+step rustfmt "${RUSTC%/*}/rustfmt" --check --edition 2021 --config-path "$TOP/rustfmt.toml" --config skip_children=true "${rust[@]}"
+step "clippy, controller" bash -c 'cd ctl && "${RUSTC%/*}/cargo-clippy" clippy --quiet --locked --workspace --all-targets -- -D warnings'
 step "clippy, module" bash -c 'scripts/module.sh --lint release >/dev/null'
 [ ${#shell[@]} = 0 ] || step shellcheck shellcheck "${shell[@]}"
 [ ${#python[@]} = 0 ] || step "python syntax" python3 - "${python[@]}" <<'PY'

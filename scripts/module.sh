@@ -44,7 +44,7 @@ else
     # Somebody else's kernel wants the rustc that built it, which is its business to find.
     flags=("BINDGEN=$BINDGEN")
 fi
-if [ -n "$lint" ]; then flags+=(CLIPPY=1 KRUSTFLAGS=-Dwarnings KCFLAGS=-Werror); fi
+if [ -n "$lint" ]; then flags+=(CLIPPY=1 CLIPPY_DRIVER="${RUSTC%/*}/clippy-driver" KRUSTFLAGS=-Dwarnings KCFLAGS=-Werror); fi
 
 mkdir -p "$out"
 exec 9>"$out.lock"
