@@ -39,7 +39,7 @@ step() {
 host_tests() {
     build_tools
     cd ctl
-    CARGO_TARGET_DIR=$TOP/build/cargo "$CARGO" test --quiet --locked --workspace
+    CARGO_TARGET_DIR=$TOP/build/cargo "$CARGO" test --quiet --locked --workspace --no-fail-fast
 }
 
 kernel_tests() {
