@@ -9,6 +9,7 @@
 use crate::{
     abi::{
         already,
+        page,
         ramdev, //
     },
     core::{
@@ -348,6 +349,14 @@ pub(crate) fn new(name: Name, memory: Option<u64>) -> Result<Arc<Domain>, Refusa
                 E2BIG,
                 "memory is at most {} bytes",
                 uapi::MEMORY_MAX
+            ));
+        }
+        // It stays resident, so it could never be used; and what is kept about it is in proportion.
+        let total = page::total() * PAGE_SIZE as u64;
+        if size > total {
+            return Err(refusal!(
+                ENOMEM,
+                "memory is more than the {total} bytes that this host has"
             ));
         }
     }

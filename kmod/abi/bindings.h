@@ -67,6 +67,7 @@ void remus_page_put(struct page *page);
 void remus_page_lock(struct page *page);
 void remus_page_unlock(struct page *page);
 bool remus_page_maybe_pinned(struct page *page);
+unsigned long remus_page_total(void);
 unsigned long remus_page_pfn(const struct page *page);
 void remus_page_copy(struct page *to, struct page *from);
 void remus_page_read(struct page *page, size_t offset, void *to, size_t len);

@@ -289,6 +289,11 @@ bool remus_page_maybe_pinned(struct page *page)
 	return folio_maybe_dma_pinned(page_folio(page));
 }
 
+unsigned long remus_page_total(void)
+{
+	return totalram_pages();
+}
+
 unsigned long remus_page_pfn(const struct page *page)
 {
 	return page_to_pfn(page);

@@ -16,6 +16,12 @@ use kernel::{
     types::ForeignOwnable, //
 };
 
+/// How many pages of memory this host has.
+pub(crate) fn total() -> u64 {
+    // SAFETY: Reads a counter.
+    unsafe { bindings::remus_page_total() as u64 }
+}
+
 /// A reference to a page of memory.
 ///
 /// # Invariants
