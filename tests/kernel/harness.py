@@ -187,9 +187,17 @@ def sweep():
                 with contextlib.suppress(OSError):
                     rtnl.delete(name)
     with contextlib.suppress(OSError), netlink.Genl() as genl:
+        # A namespace that only held packets keep alive goes when they go.
         for domain in genl.dump():
             with contextlib.suppress(OSError):
-                genl.delete(domain["domain"])
+                genl.commit(domain["domain"], genl.seal(domain["domain"])["epoch"])
+        for _ in range(50):
+            for domain in genl.dump():
+                with contextlib.suppress(OSError):
+                    genl.delete(domain["domain"])
+            if not genl.dump():
+                break
+            time.sleep(0.1)
 
 
 def oom_score(score):

@@ -176,7 +176,6 @@ def gaps(stack):
         sentence(error)
         refused(lambda: genl.seal("web"), errno.EBUSY, state=genl.dump)
         view = genl.get("web")
-        genl.commit("web", view["open-epoch"] - 2 if view["sealed-epochs"] else 1) if False else None
         for n in range(view["committed-epoch"] + 1, view["open-epoch"]):
             try:
                 genl.commit("web", n)
@@ -480,13 +479,12 @@ def qdisc_defaults(stack):
         refused(lambda: genl.get(line.device), errno.ENOENT, bad=DOMAIN)
     # A device whose name cannot be a domain's needs one given.
     rtnl = line.rtnl
-    rtnl.add("t-x:1", "dummy")
-    stack.callback(rtnl.delete, "t-x:1")
-    stack.callback(lambda: None)
-    refused(lambda: rtnl.qdisc_add("t-x:1"), errno.EINVAL, state=genl.dump)
-    rtnl.qdisc_add("t-x:1", options=options("web"))
+    rtnl.add("t-x@1", "dummy")
+    stack.callback(rtnl.delete, "t-x@1")
+    refused(lambda: rtnl.qdisc_add("t-x@1"), errno.EINVAL, state=genl.dump)
+    rtnl.qdisc_add("t-x@1", options=options("web"))
     same(genl.get("web")["ports"], 1, "ports")
-    rtnl.qdisc_del("t-x:1")
+    rtnl.qdisc_del("t-x@1")
 
 
 @test

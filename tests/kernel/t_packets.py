@@ -201,8 +201,7 @@ def ping(stack):
     rtnl.veth("t-vif", "t-guest", up=False)
     rtnl.add("br-tping", "bridge")
     rtnl.set("t-vif", master="br-tping", up=True)
-    rtnl.set("t-guest", netns=ns.fd) if False else rtnl.link(
-        16, 0, socket.if_nametoindex("t-guest"), attrs=netlink.attr(28, netlink.u32(ns.fd)))
+    rtnl.set("t-guest", netns=ns.fd)
 
     def ip(*words):
         subprocess.run(["ip", *words], check=True)
@@ -481,7 +480,7 @@ def moved_to_namespace(stack):
         line = Line(stack, kind, domain="web")
         line.send(1, 2)
         genl.seal("web")
-        line.rtnl.link(16, 0, socket.if_nametoindex(line.device), attrs=netlink.attr(28, netlink.u32(ns.fd)))
+        line.rtnl.set(line.device, netns=ns.fd)
         line.receiver.nothing("the device has moved")
         same(genl.get("web")["ports"], 0, "ports")
         genl.commit("web", 1)
@@ -691,7 +690,7 @@ def large_packets(stack):
     rtnl = stack.enter_context(Rtnl())
     rtnl.veth("t-big0", "t-big1", up=False)
     stack.callback(lambda: rtnl.delete("t-big0"))
-    rtnl.link(16, 0, socket.if_nametoindex("t-big1"), attrs=netlink.attr(28, netlink.u32(ns.fd)))
+    rtnl.set("t-big1", netns=ns.fd)
 
     def ip(*words):
         subprocess.run(["ip", *words], check=True)
