@@ -93,8 +93,8 @@ pub fn protect(args: &Protect, run_dir: &Path) -> Result<u8> {
         timeout,
         depth: usize::try_from(args.depth)?,
     };
-    let (sender, receiver) = introduce(&plan, &stream)?;
-    // The receiver and sender have it; when they are gone it is closed.
+    let link = introduce(&plan, &stream)?;
+    // The link has it; when that is gone it is closed.
     drop(stream);
     let stop = signals::stop_flag()?;
     if domain::abort_all(&mut committer, &args.name)
@@ -131,7 +131,7 @@ pub fn protect(args: &Protect, run_dir: &Path) -> Result<u8> {
         live: Arc::clone(&live),
         stop,
     };
-    let end = run(&plan, parts, sender, receiver);
+    let end = run(&plan, parts, link);
     Ok(report(&plan, &end, &trace, &live))
 }
 

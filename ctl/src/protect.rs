@@ -25,7 +25,8 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, Context, Error, Result};
 use remus_core::uapi::ram::{self, PAGE_SIZE, RECORD_SIZE};
 use remus_core::wire::{
-    EpochBegin, EpochEnd, Header, Hello, Kind, HEADER_SIZE, HELLO_MAX, PAYLOAD_MAX, RECORDS_MAX,
+    EpochBegin, EpochEnd, Hello, Kind, Stamp, Welcome, HEADER_SIZE, HELLO_MAX, PAYLOAD_MAX,
+    RECORDS_MAX,
 };
 use serde_json::json;
 
@@ -69,6 +70,47 @@ pub struct Parts {
     pub live: Shared,
     /// Set from outside to end it in good order; checked every few milliseconds.
     pub stop: Arc<AtomicBool>,
+}
+
+/// How long the standby is known not to take over.
+///
+/// It waits for its timeout after it has heard something, and what it sends back tells what it has
+/// heard; see the protocol.
+#[derive(Clone, Copy, Debug)]
+pub struct Lease {
+    /// What stamps count from.
+    start: Instant,
+    /// The standby's timeout.
+    timeout: Duration,
+    /// The newest stamp that came back.
+    echo: Option<Duration>,
+}
+
+impl Lease {
+    fn new(timeout: Duration) -> Self {
+        Self {
+            start: Instant::now(),
+            timeout,
+            echo: None,
+        }
+    }
+
+    /// A stamp for now. Never 0.
+    fn stamp(&self) -> u64 {
+        (self.start.elapsed().as_micros() as u64).saturating_add(1)
+    }
+
+    fn came_back(&mut self, stamp: u64) {
+        if stamp > 0 {
+            let echo = Duration::from_micros(stamp - 1);
+            self.echo = Some(self.echo.map_or(echo, |e| e.max(echo)));
+        }
+    }
+
+    fn holds(&self) -> bool {
+        self.echo
+            .is_some_and(|echo| self.start.elapsed() < echo.saturating_add(self.timeout))
+    }
 }
 
 /// How protection ended. The guest runs on, or has ended, and what it sent and is not committed stays
@@ -137,6 +179,8 @@ struct Common {
     state: Mutex<State>,
     changed: Condvar,
     sender: Sender,
+    /// As it began: a source of stamps.
+    lease: Lease,
 }
 
 impl Common {
@@ -147,8 +191,15 @@ impl Common {
     }
 }
 
+/// A stream to a standby that has accepted.
+pub struct Link {
+    sender: Sender,
+    receiver: Receiver,
+    lease: Lease,
+}
+
 /// Introduces `plan` to the standby and waits for its welcome. Nothing was done to the guest yet.
-pub fn introduce(plan: &Plan, stream: &TcpStream) -> Result<(Sender, Receiver)> {
+pub fn introduce(plan: &Plan, stream: &TcpStream) -> Result<Link> {
     stream
         .set_nodelay(true)
         .context("cannot set up the connection")?;
@@ -169,7 +220,7 @@ pub fn introduce(plan: &Plan, stream: &TcpStream) -> Result<(Sender, Receiver)> 
     let mut payload = [0; HELLO_MAX];
     let length = hello.encode(&mut payload)?;
     sender.send(Kind::Hello, 0, payload.get(..length).unwrap_or(&[]))?;
-    loop {
+    let welcome = loop {
         let (header, payload) = match receiver.next() {
             Err(Broken::Silence(_)) => {
                 bail!("the standby does not answer: does it serve another primary already?")
@@ -178,23 +229,34 @@ pub fn introduce(plan: &Plan, stream: &TcpStream) -> Result<(Sender, Receiver)> 
         };
         match header.kind {
             Kind::Heartbeat => {}
-            Kind::Welcome => break,
+            Kind::Welcome => break Welcome::decode(&payload)?,
             Kind::Error | Kind::Bye => {
                 bail!("the standby refuses: {}", String::from_utf8_lossy(&payload))
             }
             kind => bail!("the standby answered with {kind:?}"),
         }
-    }
+    };
     receiver.set_timeout(plan.timeout)?;
-    Ok((sender, receiver))
+    let lease = Lease::new(Duration::from_millis(welcome.timeout_ms.into()));
+    Ok(Link {
+        sender,
+        receiver,
+        lease,
+    })
 }
 
 /// Protects the guest until something ends that.
-pub fn run(plan: &Plan, parts: Parts, sender: Sender, receiver: Receiver) -> End {
+pub fn run(plan: &Plan, parts: Parts, link: Link) -> End {
+    let Link {
+        sender,
+        receiver,
+        lease,
+    } = link;
     let common = Arc::new(Common {
         state: Mutex::default(),
         changed: Condvar::new(),
         sender: sender.clone(),
+        lease,
     });
     let Parts {
         mut guest,
@@ -205,7 +267,7 @@ pub fn run(plan: &Plan, parts: Parts, sender: Sender, receiver: Receiver) -> End
         live,
         stop,
     } = parts;
-    let heartbeat = match Heartbeat::start(sender.clone(), plan.timeout) {
+    let heartbeat = match Heartbeat::start(sender.clone(), plan.timeout, move || lease.stamp()) {
         Ok(heartbeat) => heartbeat,
         Err(e) => return End::Failed(e),
     };
@@ -442,6 +504,7 @@ fn send_epoch(common: &Common, pages: &mut dyn Pages, job: &Job, frame: &mut [u8
     let end = EpochEnd {
         pages: count,
         state: job.state.len() as u64,
+        stamp: common.lease.stamp(),
     }
     .encode();
     // The acknowledgement may be here before the call is back.
@@ -466,6 +529,9 @@ fn receive_all(
     trace: &Trace,
     live: &Shared,
 ) -> End {
+    let mut lease = common.lease;
+    // Acknowledged and not committed.
+    let mut waiting = None;
     loop {
         let (header, payload) = match receiver.next() {
             Ok(frame) => frame,
@@ -473,37 +539,47 @@ fn receive_all(
         };
         let text = || String::from_utf8_lossy(&payload).into_owned();
         match header.kind {
-            Kind::Heartbeat => {}
-            Kind::Ack => {
-                if let Err(e) = acknowledged(plan, common, &header, committer, trace, live) {
-                    return e;
-                }
-            }
+            Kind::Heartbeat | Kind::Ack => match Stamp::decode(&payload) {
+                Ok(stamp) => lease.came_back(stamp.0),
+                Err(e) => return End::PeerLost(e.to_string()),
+            },
             Kind::Bye => return End::PeerLost(format!("it was ended in good order ({})", text())),
             Kind::Error => return End::PeerLost(format!("it reports: {}", text())),
             kind => return End::PeerLost(format!("it sent {kind:?}, which makes no sense")),
         }
+        if header.kind == Kind::Ack {
+            let epoch = header.epoch;
+            let whole = lock(&common.state)
+                .flights
+                .iter()
+                .any(|f| f.epoch == epoch && f.sent);
+            if !whole || header.generation != plan.generation {
+                let why = format!("it acknowledged epoch {epoch}, which it cannot have");
+                return End::PeerLost(why);
+            }
+            waiting = Some(epoch);
+        }
+        // It may have taken over since it acknowledged.
+        if lease.holds() && !receiver.is_closed() {
+            if let Some(epoch) = waiting.take() {
+                if let Err(e) = commit(plan, common, epoch, committer, trace, live) {
+                    return End::Failed(e);
+                }
+            }
+        }
     }
 }
 
-fn acknowledged(
+/// Commits what the standby has acknowledged.
+fn commit(
     plan: &Plan,
     common: &Common,
-    header: &Header,
+    epoch: u64,
     committer: &mut dyn Kernel,
     trace: &Trace,
     live: &Shared,
-) -> Result<(), End> {
-    let epoch = header.epoch;
-    let whole = lock(&common.state)
-        .flights
-        .iter()
-        .any(|f| f.epoch == epoch && f.sent);
-    if !whole || header.generation != plan.generation {
-        let why = format!("it acknowledged epoch {epoch}, which it cannot have");
-        return Err(End::PeerLost(why));
-    }
-    let done = committer.commit(&plan.domain, epoch).map_err(End::Failed)?;
+) -> Result<()> {
+    let done = committer.commit(&plan.domain, epoch)?;
     let committed = Instant::now();
     let mut state = lock(&common.state);
     state.safe = true;
@@ -547,4 +623,31 @@ fn acknowledged(
     drop(state);
     common.changed.notify_all();
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lease() {
+        let mut lease = Lease::new(Duration::from_millis(80));
+        assert!(!lease.holds(), "nothing came back yet");
+        lease.came_back(0);
+        assert!(!lease.holds(), "nothing was seen yet");
+        let first = lease.stamp();
+        assert!(first > 0);
+        lease.came_back(first);
+        assert!(lease.holds());
+        thread::sleep(Duration::from_millis(50));
+        let second = lease.stamp();
+        lease.came_back(second);
+        lease.came_back(first);
+        thread::sleep(Duration::from_millis(50));
+        assert!(lease.holds(), "the newest counts");
+        thread::sleep(Duration::from_millis(40));
+        assert!(!lease.holds());
+        // Rubbish from the other side makes no panic.
+        lease.came_back(u64::MAX);
+    }
 }

@@ -7,13 +7,13 @@
 //! else happens.
 
 use std::net::TcpStream;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Error, Result};
 use remus_core::uapi::ram::PAGE_SIZE;
-use remus_core::wire::{records, EpochBegin, EpochEnd, Header, Hello, Kind};
+use remus_core::wire::{records, EpochBegin, EpochEnd, Header, Hello, Kind, Stamp, Welcome};
 use serde_json::json;
 
 use crate::kernel::Image;
@@ -83,7 +83,10 @@ pub fn serve(
         Err(e) => return End::Refused(e),
     };
     held.generation = generation;
-    let heartbeat = match Heartbeat::start(sender.clone(), offer.timeout) {
+    let seen = Arc::new(AtomicU64::new(0));
+    let newest = Arc::clone(&seen);
+    let stamp = move || newest.load(Ordering::Relaxed);
+    let heartbeat = match Heartbeat::start(sender.clone(), offer.timeout, stamp) {
         Ok(heartbeat) => heartbeat,
         Err(e) => return End::Failed(e),
     };
@@ -96,6 +99,7 @@ pub fn serve(
         stop,
         sender: &sender,
         receiver,
+        seen: &seen,
         stage: None,
     };
     let end = session.run();
@@ -132,7 +136,8 @@ fn welcome(stream: &TcpStream, offer: &Offer) -> Result<(Sender, Receiver, u64)>
         Ok(generation) => {
             let sender = Sender::new(stream, generation)?;
             receiver.set_timeout(offer.timeout)?;
-            sender.send(Kind::Welcome, 0, &[])?;
+            let timeout_ms = u32::try_from(offer.timeout.as_millis()).unwrap_or(u32::MAX);
+            sender.send(Kind::Welcome, 0, &Welcome { timeout_ms }.encode())?;
             Ok((sender, receiver, generation))
         }
         Err(e) => {
@@ -168,10 +173,6 @@ fn check_hello(offer: &Offer, header: &Header, payload: &[u8]) -> Result<()> {
             "the primary's pages have {} bytes, the standby's {PAGE_SIZE}",
             hello.page_size
         );
-    }
-    let timeout = offer.timeout.as_millis();
-    if u128::from(hello.interval_ms) * 2 > u128::from(u32::MAX) || timeout == 0 {
-        bail!("the interval or the timeout makes no sense");
     }
     Ok(())
 }
@@ -216,6 +217,8 @@ struct Session<'a> {
     stop: &'a Arc<AtomicBool>,
     sender: &'a Sender,
     receiver: Receiver,
+    /// The newest of the primary's stamps.
+    seen: &'a AtomicU64,
     stage: Option<Stage>,
 }
 
@@ -269,7 +272,11 @@ impl Session<'_> {
             theirs!("a frame is of generation {}", header.generation);
         }
         match header.kind {
-            Kind::Heartbeat => Ok(()),
+            Kind::Heartbeat => {
+                self.seen
+                    .fetch_max(Stamp::decode(&payload)?.0, Ordering::Relaxed);
+                Ok(())
+            }
             Kind::EpochBegin => self.begin(header, &payload),
             Kind::Pages => self.pages(header, payload),
             Kind::DeviceState => self.device_state(header, &payload),
@@ -366,6 +373,7 @@ impl Session<'_> {
         if (stage.pages, stage.state.len() as u64) != (end.pages, end.state) || end.state == 0 {
             theirs!("epoch {} is not whole", header.epoch);
         }
+        self.seen.fetch_max(end.stamp, Ordering::Relaxed);
         match self.stage.take() {
             Some(stage) => self.whole(stage).map_err(Fault::Ours),
             None => Ok(()),
@@ -378,7 +386,8 @@ impl Session<'_> {
         self.image.ready()?;
         // If this fails the primary is gone, which the next read tells. The epoch is whole either
         // way, and nothing of a later one can have been seen by anybody.
-        let _ = self.sender.send(Kind::Ack, stage.epoch, &[]);
+        let seen = Stamp(self.seen.load(Ordering::Relaxed)).encode();
+        let _ = self.sender.send(Kind::Ack, stage.epoch, &seen);
         for frame in &stage.frames {
             apply(self.image, frame)
                 .context("the image is torn, nothing can be resumed from it")?;

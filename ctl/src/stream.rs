@@ -10,7 +10,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use remus_core::wire::{Header, Kind, WireError, HEADER_SIZE};
+use remus_core::wire::{Header, Kind, Stamp, WireError, HEADER_SIZE};
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::net::sockopt::set_socket_linger;
 
 /// Signs of life in the time after which silence counts as death.
@@ -153,6 +154,23 @@ impl Receiver {
         self.reader.get_ref().heard
     }
 
+    /// Whether the other side has closed the stream, even if there is more to read before its end.
+    pub fn is_closed(&self) -> bool {
+        let stream = &self.reader.get_ref().stream;
+        let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
+        match poll(
+            &mut fds,
+            Some(&Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            }),
+        ) {
+            Ok(0) => false,
+            // Interrupted: there was no time to wait, so this cannot be.
+            Ok(_) | Err(_) => true,
+        }
+    }
+
     /// Changes the silence that is an error.
     pub fn set_timeout(&mut self, timeout: Duration) -> Result<()> {
         let stream = &self.reader.get_ref().stream;
@@ -192,7 +210,12 @@ impl Heartbeat {
     /// Starts to send several heartbeats in each `timeout`. End the stream before this is dropped, or
     /// the drop may wait for a frame to be sent. A failure to send ends it: whoever
     /// receives on the stream notices too.
-    pub fn start(sender: Sender, timeout: Duration) -> Result<Self> {
+    /// Each carries what `stamp` returns then.
+    pub fn start(
+        sender: Sender,
+        timeout: Duration,
+        stamp: impl Fn() -> u64 + Send + 'static,
+    ) -> Result<Self> {
         let stop = Arc::new((Mutex::new(false), Condvar::new()));
         let seen = Arc::clone(&stop);
         let pause = (timeout / BEATS).clamp(Duration::from_millis(5), Duration::from_millis(500));
@@ -207,7 +230,8 @@ impl Heartbeat {
                 }
                 // Sending may block, and whoever drops this must not.
                 drop(stopped);
-                if sender.send(Kind::Heartbeat, 0, &[]).is_err() {
+                let stamp = Stamp(stamp()).encode();
+                if sender.send(Kind::Heartbeat, 0, &stamp).is_err() {
                     return;
                 }
             }

@@ -51,6 +51,12 @@
 //!   It has to be the last epoch that the standby holds whole, so an epoch cannot be missed.
 //! - Page numbers ascend within an epoch. This bounds what has to be staged by the memory's size.
 //! - `Ack N` is cumulative, and is the only thing that allows the primary to commit N.
+//! - The primary stamps heartbeats and the ends of epochs with its own clock, and the standby sends the
+//!   newest stamp that it has seen back with heartbeats and acknowledgements. The standby waits for its
+//!   timeout after it has heard something before it takes over, so until stamp + timeout it has not: the
+//!   primary commits only before that (a lease, without clocks that agree). An acknowledgement that
+//!   was long on its way, or that waited in a stopped process, releases nothing until a newer stamp
+//!   is back.
 //! - After `Bye` the standby does not take over. A stream that ends without it is a failure.
 //! - Breaking changes bump [`VERSION`].
 
@@ -116,7 +122,7 @@ impl core::error::Error for WireError {}
 pub enum Kind {
     /// Primary's first frame; payload [`Hello`].
     Hello = 1,
-    /// Standby's answer to it; no payload.
+    /// Standby's answer to it; payload [`Welcome`].
     Welcome = 2,
     /// An epoch begins; payload [`EpochBegin`].
     EpochBegin = 3,
@@ -126,9 +132,9 @@ pub enum Kind {
     DeviceState = 5,
     /// The epoch is whole; payload [`EpochEnd`].
     EpochEnd = 6,
-    /// The standby holds this epoch and all before it; no payload.
+    /// The standby holds this epoch and all before it; payload [`Stamp`].
     Ack = 7,
-    /// A sign of life; no payload.
+    /// A sign of life; payload [`Stamp`].
     Heartbeat = 8,
     /// The sender ends the stream in good order; payload the reason, UTF-8.
     Bye = 9,
@@ -310,6 +316,48 @@ impl<'a> Hello<'a> {
     }
 }
 
+/// Payload of [`Kind::Welcome`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Welcome {
+    /// Silence after which the standby gives the primary up, in milliseconds.
+    pub timeout_ms: u32,
+}
+
+impl Welcome {
+    /// As bytes.
+    pub fn encode(&self) -> [u8; 4] {
+        self.timeout_ms.to_le_bytes()
+    }
+
+    /// From a whole payload.
+    pub fn decode(payload: &[u8]) -> Result<Self, WireError> {
+        let mut from = Reader { bytes: payload };
+        let timeout_ms = u32::from_le_bytes(from.take()?);
+        from.end()?;
+        Ok(Self { timeout_ms })
+    }
+}
+
+/// Payload of [`Kind::Heartbeat`] and [`Kind::Ack`]: a time of the primary's clock, in microseconds from
+/// whenever it likes; from the standby, the newest that it has seen; 0 if there is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp(pub u64);
+
+impl Stamp {
+    /// As bytes.
+    pub fn encode(&self) -> [u8; 8] {
+        self.0.to_le_bytes()
+    }
+
+    /// From a whole payload.
+    pub fn decode(payload: &[u8]) -> Result<Self, WireError> {
+        let mut from = Reader { bytes: payload };
+        let stamp = u64::from_le_bytes(from.take()?);
+        from.end()?;
+        Ok(Self(stamp))
+    }
+}
+
 /// Payload of [`Kind::EpochBegin`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EpochBegin {
@@ -339,18 +387,21 @@ pub struct EpochEnd {
     pub pages: u64,
     /// Bytes of device state.
     pub state: u64,
+    /// When this was sent, as [`Stamp`].
+    pub stamp: u64,
 }
 
 impl EpochEnd {
     /// As bytes.
-    pub fn encode(&self) -> [u8; 16] {
-        let mut bytes = [0; 16];
+    pub fn encode(&self) -> [u8; 24] {
+        let mut bytes = [0; 24];
         let mut to = Writer {
             bytes: &mut bytes,
             at: 0,
         };
         to.put(&self.pages.to_le_bytes());
         to.put(&self.state.to_le_bytes());
+        to.put(&self.stamp.to_le_bytes());
         bytes
     }
 
@@ -359,8 +410,13 @@ impl EpochEnd {
         let mut from = Reader { bytes: payload };
         let pages = u64::from_le_bytes(from.take()?);
         let state = u64::from_le_bytes(from.take()?);
+        let stamp = u64::from_le_bytes(from.take()?);
         from.end()?;
-        Ok(Self { pages, state })
+        Ok(Self {
+            pages,
+            state,
+            stamp,
+        })
     }
 }
 

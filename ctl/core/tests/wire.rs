@@ -100,6 +100,7 @@ proptest! {
         base: u64,
         pages: u64,
         state: u64,
+        stamp: u64,
     ) {
         let hello = Hello { memory, page_size, interval_ms, timeout_ms, name: &name };
         let mut out = [0; HELLO_MAX];
@@ -110,13 +111,18 @@ proptest! {
         }
         let begin = EpochBegin { base }.encode();
         prop_assert_eq!(EpochBegin::decode(&begin), Ok(EpochBegin { base }));
-        let end = EpochEnd { pages, state }.encode();
-        prop_assert_eq!(EpochEnd::decode(&end), Ok(EpochEnd { pages, state }));
-        for cut in 0..16 {
+        let end = EpochEnd { pages, state, stamp }.encode();
+        prop_assert_eq!(EpochEnd::decode(&end), Ok(EpochEnd { pages, state, stamp }));
+        for cut in 0..24 {
             prop_assert!(EpochEnd::decode(&end[..cut]).is_err());
             prop_assert!(cut == 8 || EpochBegin::decode(&end[..cut]).is_err());
         }
         prop_assert!(EpochBegin::decode(&end).is_err());
+        prop_assert_eq!(Stamp::decode(&Stamp(stamp).encode()), Ok(Stamp(stamp)));
+        prop_assert!(Stamp::decode(&end).is_err() && Stamp::decode(&end[..7]).is_err());
+        let welcome = Welcome { timeout_ms };
+        prop_assert_eq!(Welcome::decode(&welcome.encode()), Ok(welcome));
+        prop_assert!(Welcome::decode(&end).is_err() && Welcome::decode(&end[..3]).is_err());
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::model::{flaky, until, Copy, Failure, Model, Random, Toy};
 use crate::live::Shared;
@@ -28,6 +28,8 @@ struct Outcome {
     model: Model,
     saved: Vec<u64>,
     running: bool,
+    /// When the standby let go of the stream.
+    left: Instant,
 }
 
 fn plan() -> Plan {
@@ -75,13 +77,13 @@ fn run(
             &live,
             &stop,
         );
-        (end, held, image)
+        (end, held, image, Instant::now())
     });
     let kernel = model.clone();
     let stop = Arc::clone(&stops[0]);
     let protecting = thread::spawn(move || {
-        let (sender, receiver) = match introduce(&plan(), &near) {
-            Ok(both) => both,
+        let link = match introduce(&plan(), &near) {
+            Ok(link) => link,
             Err(e) => return protect::End::Failed(e),
         };
         drop(near);
@@ -94,12 +96,12 @@ fn run(
             live: Shared::default(),
             stop,
         };
-        protect::run(&plan(), parts, sender, receiver)
+        protect::run(&plan(), parts, link)
     });
     act(&model, &stops[0], &stops[1]);
     let primary = protecting.join().unwrap();
     let running = running.load(Ordering::SeqCst);
-    let (standby, held, image) = receiving.join().unwrap();
+    let (standby, held, image, left) = receiving.join().unwrap();
     let saved = lock(&saved).clone();
     Outcome {
         primary,
@@ -109,6 +111,7 @@ fn run(
         model,
         saved,
         running,
+        left,
     }
 }
 
@@ -290,4 +293,59 @@ fn strangers_are_refused() {
         let end = serving.join().unwrap();
         assert!(matches!(&end, standby::End::Refused(e) if format!("{e:#}").contains(why[change])));
     }
+}
+
+/// S6: an acknowledgement that the primary comes to read only after the standby has let go of it
+/// releases nothing, as the standby may have taken over.
+#[test]
+fn late_acknowledgements_release_nothing() {
+    let o = run(
+        4,
+        direct,
+        |_, _| {},
+        |model, _, stop| {
+            let patience = Duration::from_secs(10);
+            until("five commits", patience, || commits(model) >= 5);
+            // The primary is held up, and meanwhile acknowledgements of up to three epochs come.
+            model.commit_takes.store(1000, Ordering::SeqCst);
+            let now = commits(model);
+            until("the slow commit", patience, || commits(model) > now);
+            thread::sleep(Duration::from_millis(150));
+            model.commit_takes.store(0, Ordering::SeqCst);
+            stop.store(true, Ordering::SeqCst);
+        },
+    );
+    check(&o);
+    let book = lock(&o.model.book);
+    assert!(
+        *book.commits.last().unwrap() < o.held.epoch,
+        "nothing was late"
+    );
+    assert!(
+        book.begun.iter().all(|b| *b < o.left),
+        "committed after the standby had left"
+    );
+}
+
+/// A primary that is held up goes on when it hears of the standby again.
+#[test]
+fn lease_is_renewed() {
+    let o = run(
+        5,
+        direct,
+        |_, _| {},
+        |model, stop, _| {
+            let patience = Duration::from_secs(20);
+            until("five commits", patience, || commits(model) >= 5);
+            model
+                .commit_takes
+                .store(2 * TIMEOUT.as_millis() as u64, Ordering::SeqCst);
+            until("slow commits", patience, || commits(model) >= 8);
+            model.commit_takes.store(0, Ordering::SeqCst);
+            until("five more", patience, || commits(model) >= 13);
+            stop.store(true, Ordering::SeqCst);
+        },
+    );
+    check(&o);
+    assert!(matches!(o.primary, protect::End::Asked), "{:?}", o.primary);
 }

@@ -189,7 +189,7 @@ fn survives_its_host() {
         );
         (end, held, Instant::now())
     });
-    let (sender, receiver) = introduce(&plan, &near).unwrap();
+    let link = introduce(&plan, &near).unwrap();
     drop(near);
     let parts = Parts {
         guest: Box::new(guest),
@@ -200,7 +200,7 @@ fn survives_its_host() {
         live: Shared::default(),
         stop: Arc::default(),
     };
-    let protecting = thread::spawn(move || protect::run(&plan, parts, sender, receiver));
+    let protecting = thread::spawn(move || protect::run(&plan, parts, link));
     until("20 commits", Duration::from_secs(60), || {
         lock(&model.book).commits.len() >= 20
     });

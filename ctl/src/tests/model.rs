@@ -29,6 +29,8 @@ pub struct Book {
     pub dirty: BTreeMap<u64, Vec<u64>>,
     /// Commits that were made, in order.
     pub commits: Vec<u64>,
+    /// When they began.
+    pub begun: Vec<Instant>,
     last: Vec<u8>,
 }
 
@@ -41,6 +43,8 @@ pub struct Model {
     pub seals: Arc<AtomicU64>,
     pub reads: Arc<AtomicU64>,
     pub commits: Arc<AtomicU64>,
+    /// Milliseconds that each commit takes.
+    pub commit_takes: Arc<AtomicU64>,
 }
 
 impl Model {
@@ -50,6 +54,7 @@ impl Model {
             snapshots: BTreeMap::new(),
             dirty: BTreeMap::new(),
             commits: Vec::new(),
+            begun: Vec::new(),
             last: Vec::new(),
         };
         let many = || Arc::new(AtomicU64::new(u64::MAX));
@@ -59,6 +64,7 @@ impl Model {
             seals: many(),
             reads: many(),
             commits: many(),
+            commit_takes: Arc::default(),
         }
     }
 
@@ -123,11 +129,17 @@ impl Kernel for Model {
 
     fn commit(&mut self, domain: &str, epoch: u64) -> Result<Done> {
         Self::spend(&self.commits, "commit")?;
+        let begun = Instant::now();
         let mut book = lock(&self.book);
         if let Err(e) = book.epochs.commit(epoch) {
             bail!("refused: {e:?}");
         }
         book.commits.push(epoch);
+        book.begun.push(begun);
+        drop(book);
+        thread::sleep(Duration::from_millis(
+            self.commit_takes.load(Ordering::SeqCst),
+        ));
         Ok(Done {
             domain: domain.into(),
             epoch,
