@@ -106,6 +106,7 @@ fi
 {
     printf 'export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=%q LANG=C.UTF-8 TERM=%q\n' "$HOME" "${TERM:-dumb}"
     printf 'export REMUS_VM=1 REMUS_CACHE=%q REMUS_KERNEL=%q REMUS_FLAVOUR=%q REMUS_ACCEL=%q\n' "$CACHE" "$kernel" "$flavour" "$accel"
+    printf 'export REMUS_HOST_LOAD=%q REMUS_HOST_CPUS=%q\n' "$(cut -d ' ' -f 1 /proc/loadavg)" "$(nproc)"
     printf 'cd %q 2>/dev/null || cd %q\n' "$PWD" "$TOP"
     printf '%q ' "$@"
 } >"$out/job.sh"

@@ -4,7 +4,7 @@
 
     client.py ADDRESS PORT RECORDS SUMMARY
 
-Sends INCR, one at a time, and checks that each reply is the previous one plus 1. Every reply becomes
+Says "ready" and waits for SIGUSR1. Then it sends INCR, one at a time, and checks that each reply is the previous one plus 1. Every reply becomes
 a line of RECORDS: time (Unix, s), latency (ms), value. On SIGTERM it asks once more for the value and
 writes SUMMARY:
 
@@ -127,6 +127,9 @@ def main():
                 sys.exit(1)
 
         signal.signal(signal.SIGTERM, stop)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+        print("ready", flush=True)
+        signal.sigwait([signal.SIGUSR1])
         try:
             client = Client(address, int(port), file)
             client.run()
