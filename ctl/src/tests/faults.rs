@@ -18,7 +18,7 @@ use crate::trace::Trace;
 use remus_core::uapi::ram::PAGE_SIZE;
 
 const PAGES: usize = 60;
-const TIMEOUT: Duration = Duration::from_millis(300);
+const TIMEOUT: Duration = Duration::from_millis(500);
 
 struct Outcome {
     primary: protect::End,
