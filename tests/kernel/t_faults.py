@@ -285,8 +285,8 @@ def write_faults(stack):
                 genl.delete("web")
                 genl.new("web", 64 * PAGE)
                 device.__init__("web")
-                nonlocal m
-                m = device.map()
+                m.__dict__.update(device.map().__dict__)
+                device.maps = [m]
         each_failure(faults, call, before, after)
         device.close()
         until(lambda: gone(genl), "the domain is deleted")

@@ -155,7 +155,7 @@ def reader(inner, *names):
             newest = genl.get(name)["open-epoch"]
             for back in 1, 2, 3:
                 with contextlib.suppress(OSError):
-                    device.records(newest - back, rng.choice((1, 16)))
+                    device.records(max(0, newest - back), rng.choice((1, 16)))
     return step
 
 
@@ -196,13 +196,17 @@ def packets_and_epochs(stack):
     genl = stack.enter_context(Genl())
     genl.new("web", 1 << 20)
     crowd = Crowd(scaled(5, 60))
-    for line in lines(stack, "egress", "guest", "bridge"):
+    used = lines(stack, "egress", "guest", "bridge")
+    for line in used:
         line.add("web", packets=2000)
         crowd.go(sender, line.device if line.kind == "egress" else line.peer, name=f"sender {line.kind}")
     for i in 1, 2:
         crowd.go(epochs, "web", name=f"epochs {i}")
     crowd.wait()
     genl.commit("web", genl.seal("web")["epoch"])
+    for one in used:
+        one.remove()
+    settle(genl)
 
 
 @test(seconds=200)
