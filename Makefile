@@ -13,7 +13,7 @@ KDIR ?=
 # Debian's own Rust, from scripts/lib.sh: the controller shares source with the module.
 cargo = . scripts/lib.sh && build_tools && export CARGO_TARGET_DIR="$$TOP/build/cargo" && cd ctl && "$$CARGO"
 
-.PHONY: help kernel module ctl guest demo test test-kernel test-takeover lint check clean
+.PHONY: help kernel module ctl guest demo test test-kernel test-errors test-takeover lint check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ test: ## everything: lint, host tests, kernel tests, ten take-overs
 
 test-kernel: ## only the kernel tests, on the debug flavour
 	@scripts/test.sh kernel
+
+test-errors: ## only what people get wrong, and what they are told
+	@scripts/test.sh errors
 
 test-takeover: ## only the take-overs (RUNS=10)
 	@RUNS="$(or $(RUNS),10)" scripts/test.sh takeover

@@ -18,7 +18,7 @@ case $flavour in
     *) die "unknown kernel flavour '$flavour': say release or debug." ;;
 esac
 
-mkdir -p "$CACHE/log" || die "cannot create $CACHE: set REMUS_CACHE=DIR to a directory you can write."
+mkdir -p "$CACHE/log" 2>/dev/null || die "cannot create $CACHE: set REMUS_CACHE=DIR to a directory you can write."
 # Print the newest unpacked source tree, or nothing.
 newest_source() {
     mkdir -p "$CACHE/source"

@@ -27,7 +27,7 @@ need_root() {
 
 # need_space DIR MIB WHAT
 need_space() {
-    mkdir -p "$1" || die "cannot create $1: choose another cache with REMUS_CACHE=DIR."
+    mkdir -p "$1" 2>/dev/null || die "cannot create $1: choose another cache with REMUS_CACHE=DIR."
     local free
     free=$(df --output=avail -m "$1" | tail -n 1)
     [ "$free" -ge "$2" ] ||

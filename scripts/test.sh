@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0
 # Run tests and count their cases.
 #
-#   scripts/test.sh all|check|kernel|takeover
+#   scripts/test.sh all|check|kernel|errors|takeover
 #
 # Cases are counted from what the tests themselves print: cargo's "test result:" lines, and lines
 # "ok ..." and "not ok ..." (TAP) of the others. A step that fails without naming a failed case, such
@@ -12,8 +12,8 @@
 
 what=${1:-all}
 case $what in
-    all | check | kernel | takeover) ;;
-    *) die "unknown tests '$what': say all, check, kernel or takeover." ;;
+    all | check | kernel | errors | takeover) ;;
+    *) die "unknown tests '$what': say all, check, kernel, errors or takeover." ;;
 esac
 cd "$TOP"
 mkdir -p build/report build/test
@@ -58,6 +58,7 @@ if [ "$what" = all ] || [ "$what" = check ]; then
     step "host tests" host_tests
 fi
 if [ "$what" = all ] || [ "$what" = kernel ]; then step "kernel tests" kernel_tests; fi
+if [ "$what" = all ] || [ "$what" = errors ]; then step "errors" tests/errors/run; fi
 if [ "$what" = all ] || [ "$what" = takeover ]; then step "take-overs" scripts/demo.sh --tap --runs "${RUNS:-10}"; fi
 
 [ ${#trouble[@]} = 0 ] || say "failed: ${trouble[*]}"
