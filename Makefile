@@ -45,7 +45,7 @@ test-kernel: ## only the kernel tests, on the debug flavour
 test-errors: ## only what people get wrong, and what they are told
 	@scripts/test.sh errors
 
-test-takeover: ## only the take-overs (RUNS=10)
+test-takeover: ## only the take-overs (RUNS=10), and single processes killed
 	@RUNS="$(or $(RUNS),10)" scripts/test.sh takeover
 
 lint: ## rustfmt, clippy for module and controller, shellcheck, Python syntax; warnings are errors

@@ -59,7 +59,11 @@ if [ "$what" = all ] || [ "$what" = check ]; then
 fi
 if [ "$what" = all ] || [ "$what" = kernel ]; then step "kernel tests" kernel_tests; fi
 if [ "$what" = all ] || [ "$what" = errors ]; then step "errors" tests/errors/run; fi
-if [ "$what" = all ] || [ "$what" = takeover ]; then step "take-overs" scripts/demo.sh --tap --runs "${RUNS:-10}"; fi
+if [ "$what" = all ] || [ "$what" = takeover ]; then
+    step "take-overs" scripts/demo.sh --tap --report takeovers --runs "${RUNS:-10}"
+    # One part dies, the rest goes on: what must be mute stays mute. With a larger guest, to see that too.
+    step "fail closed" scripts/demo.sh --tap --report fail-closed --memory 512 --runs 3 --kill remusctl,qemu,standby
+fi
 
 [ ${#trouble[@]} = 0 ] || say "failed: ${trouble[*]}"
 [ "$skipped" = 0 ] || say "$skipped skipped"

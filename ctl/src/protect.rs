@@ -35,6 +35,9 @@ use crate::live::{Live, Shared};
 use crate::stream::{lock, Broken, Heartbeat, Receiver, Sender, Unsent};
 use crate::trace::{ms, Trace};
 
+/// How long the standby may take to answer the first frame: it may still be starting its machine.
+const WELCOME: Duration = Duration::from_secs(15);
+
 /// How long the standby may take no data at all.
 const STUCK: Duration = Duration::from_secs(30);
 
@@ -208,7 +211,7 @@ pub fn introduce(plan: &Plan, stream: &TcpStream) -> Result<Link> {
         .set_write_timeout(Some(STUCK))
         .context("cannot set up the connection")?;
     let sender = Sender::new(stream, plan.generation)?;
-    let mut receiver = Receiver::new(stream, plan.timeout.max(Duration::from_secs(3)))?;
+    let mut receiver = Receiver::new(stream, plan.timeout.max(WELCOME))?;
     let short = |d: Duration| u32::try_from(d.as_millis()).unwrap_or(u32::MAX);
     let hello = Hello {
         memory: plan.memory,
@@ -363,8 +366,13 @@ fn epochs(
             _ => None,
         };
         last = Some(flight.sealed);
-        // A guest whose pauses take as long as the interval still has to get somewhere.
-        let (regular, least) = (begin + plan.interval, Instant::now() + plan.interval / 4);
+        // A guest whose pauses take as long as the interval still has to get somewhere: half of the
+        // time is its own.
+        let pause = begin.elapsed();
+        let (regular, least) = (
+            begin + plan.interval,
+            begin + pause + pause.min(plan.interval),
+        );
         slow_pause = least > regular;
         due = regular.max(least);
         note(&mut lock(live), &flight);
