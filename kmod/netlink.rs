@@ -109,6 +109,9 @@ fn run(request: &Request<'_>, attrs: &Attrs<'_>, ack: &Ack<'_>) -> Result<(), Re
         }
         refusal
     };
+    let find = || domain::get(&name).map_err(|r| blame(attr::DOMAIN, r));
+    // Before anything is done: whoever gets no answer must be sure that nothing was.
+    let reply = request.reply()?;
     match request.command() {
         cmd::DOMAIN_NEW => {
             let memory = attrs.get(attr::MEMORY).map(|a| a.number());
@@ -123,18 +126,17 @@ fn run(request: &Request<'_>, attrs: &Attrs<'_>, ack: &Ack<'_>) -> Result<(), Re
                     r,
                 )
             })?;
-            reply(request, |m| put_domain(m, &domain))
+            reply.send(|m| put_domain(m, &domain))?;
         }
-        cmd::DOMAIN_DEL => domain::delete(&name).map_err(|r| blame(attr::DOMAIN, r)),
+        cmd::DOMAIN_DEL => domain::delete(&name).map_err(|r| blame(attr::DOMAIN, r))?,
         cmd::DOMAIN_GET => {
-            let domain = find(&name, blame)?;
-            reply(request, |m| put_domain(m, &domain))
+            let domain = find()?;
+            reply.send(|m| put_domain(m, &domain))?;
         }
         cmd::EPOCH_SEAL => {
-            let full = attrs.get(attr::FULL).is_some();
-            let domain = find(&name, blame)?;
-            let done = domain.seal(full)?;
-            reply(request, |m| put_done(m, &domain, &done))
+            let domain = find()?;
+            let done = domain.seal(attrs.get(attr::FULL).is_some())?;
+            reply.send(|m| put_done(m, &domain, &done))?;
         }
         command @ (cmd::EPOCH_COMMIT | cmd::EPOCH_ABORT) => {
             let epoch = attrs.get(attr::EPOCH).ok_or_else(|| {
@@ -142,28 +144,18 @@ fn run(request: &Request<'_>, attrs: &Attrs<'_>, ack: &Ack<'_>) -> Result<(), Re
                 refusal!(EINVAL, "the epoch is missing")
             })?;
             let epoch = epoch.number();
-            let domain = find(&name, blame)?;
+            let domain = find()?;
             let done = if command == cmd::EPOCH_COMMIT {
                 domain.commit(epoch)
             } else {
                 domain.abort(epoch)
             }
             .map_err(|r| blame(attr::EPOCH, r))?;
-            reply(request, |m| put_done(m, &domain, &done))
+            reply.send(|m| put_done(m, &domain, &done))?;
         }
-        _ => Err(not_supported().into()),
+        _ => return Err(not_supported().into()),
     }
-}
-
-fn find(
-    name: &Name,
-    blame: impl Fn(u16, Refusal) -> Refusal,
-) -> Result<kernel::sync::Arc<Domain>, Refusal> {
-    domain::get(name).map_err(|r| blame(attr::DOMAIN, r))
-}
-
-fn reply(request: &Request<'_>, f: impl FnOnce(&mut Message<'_>) -> Result) -> Result<(), Refusal> {
-    Ok(request.reply(f)?)
+    Ok(())
 }
 
 fn put_domain(message: &mut Message<'_>, domain: &Domain) -> Result {

@@ -72,9 +72,8 @@ pub(crate) struct Held {
 
 struct State {
     queue: PacketQueue,
-    /// Packets up to this epoch may leave.
-    released: u64,
-    /// Of the packets in the queue, those that arrived before the last seal.
+    /// On the way out, and committed.
+    released: PacketQueue,
     limits: Limits,
     dropped: u64,
     closed: bool,
@@ -83,8 +82,9 @@ struct State {
 impl State {
     fn has_room(&self, packet: &Packet) -> bool {
         !self.closed
-            && self.queue.packets() < self.limits.packets
-            && self.queue.memory() + u64::from(packet.memory()) <= self.limits.bytes
+            && self.queue.packets() + self.released.packets() < self.limits.packets
+            && self.queue.memory() + self.released.memory() + u64::from(packet.memory())
+                <= self.limits.bytes
     }
 }
 
@@ -108,7 +108,7 @@ impl Port {
     ) -> Result<Arc<Self>, Refusal> {
         let state = State {
             queue: PacketQueue::new(),
-            released: 0,
+            released: PacketQueue::new(),
             limits,
             dropped: 0,
             closed: false,
@@ -170,10 +170,12 @@ impl Port {
         }
     }
 
-    /// Holds a packet on its way out. Root lock held.
-    pub(crate) fn hold_outgoing(&self, queue: &Queue<'_>, packet: Outgoing<'_>) -> Enqueued {
+    /// Holds a packet on its way out. Root lock held. Its socket does not account for it any more: it
+    /// would be stuck for an epoch, and would keep its namespace.
+    pub(crate) fn hold_outgoing(&self, queue: &Queue<'_>, mut packet: Outgoing<'_>) -> Enqueued {
+        let detached = packet.packet().detach();
         let mut state = self.state.lock();
-        if !state.has_room(packet.packet()) {
+        if !detached || !state.has_room(packet.packet()) {
             state.dropped += 1;
             return packet.drop(queue);
         }
@@ -185,9 +187,7 @@ impl Port {
 
     /// The next packet that may leave. Root lock held.
     pub(crate) fn next_released(&self) -> Option<Packet> {
-        let mut state = self.state.lock();
-        let released = state.released;
-        state.queue.pop(released)
+        self.state.lock().released.pop(u64::MAX)
     }
 
     /// After a seal or an abort, when the domain's open epoch is stored: how many packets and bytes
@@ -201,24 +201,20 @@ impl Port {
     /// and bytes that were.
     pub(crate) fn release(&self, epoch: u64) -> (u64, u64) {
         let (mut packets, mut bytes) = (0, 0);
-        match self.direction {
-            Direction::Guest => loop {
-                let batch = self.take(epoch);
-                if batch.packets() == 0 {
-                    break;
-                }
-                packets += batch.packets();
-                bytes += batch.bytes();
-                batch.receive();
-            },
-            Direction::Egress => {
-                let before = self.held();
-                self.state.lock().released = epoch;
-                self.waker.wake();
-                let after = self.held();
-                packets = before.packets.saturating_sub(after.packets);
-                bytes = before.bytes.saturating_sub(after.bytes);
+        loop {
+            let batch = self.take(epoch);
+            if batch.packets() == 0 {
+                break;
             }
+            packets += batch.packets();
+            bytes += batch.bytes();
+            match self.direction {
+                Direction::Guest => batch.receive(),
+                Direction::Egress => self.state.lock().released.append(batch),
+            }
+        }
+        if self.direction == Direction::Egress {
+            self.waker.wake();
         }
         (packets, bytes)
     }
@@ -227,7 +223,6 @@ impl Port {
     fn take(&self, epoch: u64) -> PacketQueue {
         let mut batch = PacketQueue::new();
         let mut state = self.state.lock();
-        state.released = epoch;
         for _ in 0..BATCH {
             match state.queue.pop(epoch) {
                 Some(packet) => batch.push(packet, epoch),
@@ -241,8 +236,11 @@ impl Port {
     pub(crate) fn discard(&self) {
         let gone = {
             let mut state = self.state.lock();
-            state.dropped += state.queue.packets();
-            core::mem::replace(&mut state.queue, PacketQueue::new())
+            state.dropped += state.queue.packets() + state.released.packets();
+            (
+                core::mem::replace(&mut state.queue, PacketQueue::new()),
+                core::mem::replace(&mut state.released, PacketQueue::new()),
+            )
         };
         drop(gone);
     }

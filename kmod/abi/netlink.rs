@@ -17,6 +17,7 @@ use super::{
 use core::{
     fmt,
     marker::PhantomData,
+    mem::ManuallyDrop,
     ptr::{
         null_mut,
         NonNull, //
@@ -342,21 +343,52 @@ impl<'a> Request<'a> {
         }
     }
 
-    /// Answers with what `f` writes.
-    pub(crate) fn reply(&self, f: impl FnOnce(&mut Message<'_>) -> Result) -> Result {
+    /// Prepares the answer. To be called before anything is changed, as this can fail.
+    pub(crate) fn reply(&self) -> Result<Reply<'_>> {
         let mut header = null_mut();
         // SAFETY: The request is valid by the type invariant.
         let skb =
             unsafe { bindings::remus_genl_reply_new(self.0.as_ptr(), self.command(), &mut header) };
         let skb = NonNull::new(skb).ok_or(ENOMEM)?;
-        // SAFETY: A new message, owned by this function until it is sent or freed.
-        if let Err(error) = f(&mut unsafe { Message::from_raw(skb) }) {
-            // SAFETY: Owned here, and not used afterwards.
-            unsafe { bindings::remus_nlmsg_free(skb.as_ptr()) };
-            return Err(error);
-        }
-        // SAFETY: Owned here, complete, and given away.
-        to_result(unsafe { bindings::remus_genl_reply(skb.as_ptr(), header, self.0.as_ptr()) })
+        // INVARIANT: A new message, with the header of this request's answer.
+        Ok(Reply {
+            skb,
+            header,
+            info: self.0,
+            _request: PhantomData,
+        })
+    }
+}
+
+/// The answer to a request, with room for a few kilobytes.
+///
+/// # Invariants
+///
+/// Owns `skb`, a message that `header` is in; `info` is the request that it answers.
+pub(crate) struct Reply<'a> {
+    skb: NonNull<bindings::sk_buff>,
+    header: *mut kernel::ffi::c_void,
+    info: NonNull<bindings::genl_info>,
+    _request: PhantomData<&'a ()>,
+}
+
+impl Reply<'_> {
+    /// Sends the answer, with what `f` writes.
+    pub(crate) fn send(self, f: impl FnOnce(&mut Message<'_>) -> Result) -> Result {
+        // SAFETY: Owned by the type invariant.
+        f(&mut unsafe { Message::from_raw(self.skb) })?;
+        let this = ManuallyDrop::new(self);
+        // SAFETY: Owned by the type invariant, complete, and given away.
+        to_result(unsafe {
+            bindings::remus_genl_reply(this.skb.as_ptr(), this.header, this.info.as_ptr())
+        })
+    }
+}
+
+impl Drop for Reply<'_> {
+    fn drop(&mut self) {
+        // SAFETY: Owned by the type invariant.
+        unsafe { bindings::remus_nlmsg_free(self.skb.as_ptr()) };
     }
 }
 

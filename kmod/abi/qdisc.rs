@@ -170,8 +170,8 @@ impl Outgoing<'_> {
     }
 
     /// The packet.
-    pub(crate) fn packet(&self) -> &Packet {
-        &self.packet
+    pub(crate) fn packet(&mut self) -> &mut Packet {
+        &mut self.packet
     }
 
     /// Puts the packet into the instance's own first-in first-out queue, or drops it if that is

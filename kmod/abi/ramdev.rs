@@ -199,8 +199,9 @@ impl<T: Memory> Operations<T> {
         let memory = unsafe { Self::memory(file) };
         // SAFETY: `vma` is being set up.
         let new = unsafe { VmaNew::from_raw(vma) };
-        // A private mapping would hide its writes.
-        if new.flags() & flags::SHARED == 0 {
+        // A private mapping would hide its writes. (A shared one of a file that was opened for reading
+        // alone is not VM_SHARED, but VM_MAYSHARE.)
+        if new.flags() & flags::MAYSHARE == 0 {
             return EINVAL.to_errno();
         }
         // SAFETY: As above.

@@ -164,6 +164,25 @@ impl PacketQueue {
         Some(packet)
     }
 
+    /// Appends all of `other`.
+    pub(crate) fn append(&mut self, other: Self) {
+        let other = ManuallyDrop::new(other);
+        if other.head.is_null() {
+            return;
+        }
+        if self.tail.is_null() {
+            self.head = other.head;
+        } else {
+            // SAFETY: `tail` is the last packet of this chain, by the type invariant; the other chain
+            // is given up by its owner.
+            unsafe { bindings::remus_skb_set_next(self.tail, other.head) };
+        }
+        self.tail = other.tail;
+        self.packets += other.packets;
+        self.bytes += other.bytes;
+        self.memory += other.memory;
+    }
+
     /// Hands the packets to the network stack, in order, as received after the ingress hook of
     /// their device (see [`super::hook`]). Process context, no lock held. At most a few hundred
     /// packets at once: the receiving side's backlog is bounded.
