@@ -119,6 +119,23 @@ struct State {
     ports: KVec<Arc<Port>>,
 }
 
+impl State {
+    /// Has each port do its part, and sums up what was done.
+    fn each_port(&self, epoch: u64, pages: u64, part: impl Fn(&Port) -> (u64, u64)) -> Done {
+        let mut done = Done {
+            epoch,
+            pages,
+            ..Done::default()
+        };
+        for port in &self.ports {
+            let (packets, bytes) = part(port);
+            done.packets += packets;
+            done.bytes += bytes;
+        }
+        done
+    }
+}
+
 /// A domain.
 #[pin_data]
 pub(crate) struct Domain {
@@ -202,17 +219,7 @@ impl Domain {
         };
         state.epochs.seal().map_err(|r| refused(r, 0))?;
         self.open.store(state.epochs.open(), Release);
-        let mut done = Done {
-            epoch,
-            pages,
-            ..Done::default()
-        };
-        for port in &state.ports {
-            // Waits for a packet that still saw the old epoch: from here on none is added to it.
-            let (packets, bytes) = port.sealed();
-            done.packets += packets;
-            done.bytes += bytes;
-        }
+        let done = state.each_port(epoch, pages, |port| port.sealed(epoch));
         Ok(done.since(start))
     }
 
@@ -221,15 +228,7 @@ impl Domain {
         let start = Instant::<Monotonic>::now();
         let mut state = self.state.lock();
         state.epochs.commit(epoch).map_err(|r| refused(r, epoch))?;
-        let mut done = Done {
-            epoch,
-            ..Done::default()
-        };
-        for port in &state.ports {
-            let (packets, bytes) = port.release(epoch);
-            done.packets += packets;
-            done.bytes += bytes;
-        }
+        let done = state.each_port(epoch, 0, |port| port.release(epoch));
         if let Some(ram) = self.ram() {
             ram.commit(epoch);
         }
@@ -242,18 +241,7 @@ impl Domain {
         let mut state = self.state.lock();
         state.epochs.abort(epoch).map_err(|r| refused(r, epoch))?;
         let pages = self.ram().map_or(0, |ram| ram.abort(epoch));
-        // The packets stay where they are: their epochs will not be committed by themselves, only
-        // together with the open one (see `core::epoch`).
-        let mut done = Done {
-            epoch,
-            pages,
-            ..Done::default()
-        };
-        for port in &state.ports {
-            let (packets, bytes) = port.sealed();
-            done.packets += packets;
-            done.bytes += bytes;
-        }
+        let done = state.each_port(epoch, pages, |port| port.aborted(epoch));
         Ok(done.since(start))
     }
 

@@ -83,6 +83,13 @@ struct State {
     sealed: KVec<Sealed>,
 }
 
+impl State {
+    /// The sealed epoch with this number.
+    fn sealed(&self, epoch: u64) -> Result<&Sealed> {
+        self.sealed.iter().find(|s| s.epoch == epoch).ok_or(ENOENT)
+    }
+}
+
 /// Counters of a domain's memory, in pages.
 pub(crate) struct Counts {
     /// Written in the open epoch.
@@ -262,11 +269,7 @@ impl Ram {
         content: &mut [u8; PAGE_SIZE],
     ) -> Result<Option<u64>> {
         let state = self.state.lock();
-        let sealed = state
-            .sealed
-            .iter()
-            .find(|s| s.epoch == epoch)
-            .ok_or(ENOENT)?;
+        let sealed = state.sealed(epoch)?;
         let Some(index) = sealed.dirty.next(cursor) else {
             return Ok(None);
         };
@@ -321,11 +324,7 @@ impl Ram {
         if count == room as u64 {
             // So that the caller need not ask again in vain.
             let state = self.state.lock();
-            let sealed = state
-                .sealed
-                .iter()
-                .find(|s| s.epoch == epoch)
-                .ok_or(ENOENT)?;
+            let sealed = state.sealed(epoch)?;
             if sealed.dirty.next(cursor).is_none() {
                 cursor = uapi::END;
             }

@@ -4,7 +4,7 @@
 //!
 //! Packets wait in one queue, in the order of their arrival, each with the epoch that was open then.
 //! A commit of epoch N lets go of the packets at the head whose epoch is at most N. So a seal and an
-//! abort touch no packet, and a late packet belongs to a later epoch.
+//! abort change no packet, and a late packet belongs to a later epoch.
 //!
 //! The open epoch is read under the queue's lock. A seal stores the next epoch first, and takes that
 //! lock afterwards ([`Port::sealed`]): once it has, no packet is added to the sealed epoch any more.
@@ -72,6 +72,11 @@ pub(crate) struct Held {
 
 struct State {
     queue: PacketQueue,
+    /// The newest epoch of which packets were counted, its packets and bytes in the queue, and those
+    /// of the one before.
+    newest: u64,
+    open: (u64, u64),
+    before: (u64, u64),
     /// On the way out, and committed.
     released: PacketQueue,
     limits: Limits,
@@ -80,6 +85,16 @@ struct State {
 }
 
 impl State {
+    fn hold(&mut self, packet: Packet, epoch: u64) {
+        if epoch != self.newest {
+            self.newest = epoch;
+            self.before = core::mem::take(&mut self.open);
+        }
+        self.open.0 += 1;
+        self.open.1 += u64::from(packet.len());
+        self.queue.push(packet, epoch);
+    }
+
     fn has_room(&self, packet: &Packet) -> bool {
         !self.closed
             && self.queue.packets() + self.released.packets() < self.limits.packets
@@ -108,6 +123,9 @@ impl Port {
     ) -> Result<Arc<Self>, Refusal> {
         let state = State {
             queue: PacketQueue::new(),
+            newest: 0,
+            open: (0, 0),
+            before: (0, 0),
             released: PacketQueue::new(),
             limits,
             dropped: 0,
@@ -164,7 +182,7 @@ impl Port {
         let mut state = self.state.lock();
         if detached && state.has_room(&packet) {
             let epoch = self.domain.open_epoch();
-            state.queue.push(packet, epoch);
+            state.hold(packet, epoch);
         } else {
             state.dropped += 1;
         }
@@ -181,7 +199,7 @@ impl Port {
         }
         let enqueued = queue.held(packet.packet());
         let epoch = self.domain.open_epoch();
-        state.queue.push(packet.into_packet(), epoch);
+        state.hold(packet.into_packet(), epoch);
         enqueued
     }
 
@@ -190,11 +208,27 @@ impl Port {
         self.state.lock().released.pop(u64::MAX)
     }
 
-    /// After a seal or an abort, when the domain's open epoch is stored: how many packets and bytes
-    /// wait now. None is added to an epoch before the open one any more.
-    pub(crate) fn sealed(&self) -> (u64, u64) {
-        let state = self.state.lock();
-        (state.queue.packets(), state.queue.bytes())
+    /// `epoch` was sealed, and the domain's next one is stored: from here on no packet is added to it.
+    /// Returns how many packets and bytes are in it.
+    pub(crate) fn sealed(&self, epoch: u64) -> (u64, u64) {
+        let mut state = self.state.lock();
+        if state.newest > epoch {
+            // A packet of the next epoch was faster.
+            core::mem::take(&mut state.before)
+        } else {
+            state.newest = epoch + 1;
+            core::mem::take(&mut state.open)
+        }
+    }
+
+    /// `epoch` and all sealed after it were folded into the open one. Their packets stay where they
+    /// are: those epochs will not be committed by themselves, only together with the open one (see
+    /// `core::epoch`). Returns how many packets and bytes were in them.
+    pub(crate) fn aborted(&self, epoch: u64) -> (u64, u64) {
+        let mut state = self.state.lock();
+        let (packets, bytes) = state.queue.count_from(epoch);
+        let before = core::mem::replace(&mut state.open, (packets, bytes));
+        (packets - before.0.min(packets), bytes - before.1.min(bytes))
     }
 
     /// Lets go of the packets up to `epoch`. Process context, may sleep. Returns how many packets
@@ -237,6 +271,7 @@ impl Port {
         let gone = {
             let mut state = self.state.lock();
             state.dropped += state.queue.packets() + state.released.packets();
+            (state.open, state.before) = ((0, 0), (0, 0));
             (
                 core::mem::replace(&mut state.queue, PacketQueue::new()),
                 core::mem::replace(&mut state.released, PacketQueue::new()),
