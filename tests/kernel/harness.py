@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0
 """What the kernel tests share: registration, the module, the kernel's log, clean-up."""
 import contextlib
-import ctypes
 import errno
 import fnmatch
 import gzip

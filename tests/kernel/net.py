@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0
 """Devices and numbered packets."""
 import contextlib
-import ctypes
 import fcntl
 import os
 import select
@@ -10,7 +9,7 @@ import struct
 import time
 
 import netlink
-from harness import same, short, true
+from harness import short
 from netlink import EGRESS, GUEST
 from ram import check, libc
 

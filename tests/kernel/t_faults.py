@@ -4,14 +4,12 @@ import contextlib
 import ctypes
 import errno
 import os
-import threading
 
 import harness
 import net
-import netlink
 import ram
-from harness import LONG, Skip, same, scaled, test, true, until
-from netlink import Genl, Refused, Rtnl, options
+from harness import LONG, Skip, same, test, true, until
+from netlink import Genl, Refused
 from ram import PAGE, RECORD, Ram, anonymous, libc
 
 DEBUGFS = "/sys/kernel/debug"

@@ -13,7 +13,6 @@ import struct
 import subprocess
 import time
 
-import harness
 import net
 import netlink
 from harness import Kid, SEED, Skip, fails, same, scaled, test, true, until
@@ -44,7 +43,8 @@ def several_epochs(stack, kind):
         n += epoch * 3
         line.send(*sent[epoch])
         done = genl.seal(line.name)
-        same(done["epoch"], epoch, "sealed epoch")
+        size = len(sent[epoch]) * (net.SIZE - (0 if kind == "egress" else 14))
+        same((done["epoch"], done["packets"], done["bytes"]), (epoch, len(sent[epoch]), size), "what the seal says")
     sent[6] = [n, n + 1]
     line.send(*sent[6])
     line.receiver.nothing("five epochs are sealed, none is committed")
@@ -83,7 +83,8 @@ def abort(stack, kind):
     for epoch in range(1, 5):
         line.send(epoch * 10, epoch * 10 + 1)
         genl.seal(line.name)
-    genl.abort(line.name, 3)  # and with it 4
+    done = genl.abort(line.name, 3)  # and with it 4
+    same((done["epoch"], done["packets"]), (3, 4), "what the abort says")
     view = genl.get(line.name)
     same((view["open-epoch"], view["sealed-epochs"], view["packets"]), (5, 2, 8), "after the abort")
     line.receiver.nothing("an abort")
@@ -93,7 +94,7 @@ def abort(stack, kind):
     line.send(50)
     genl.commit(line.name, 2)
     line.receiver.expect([10, 11, 20, 21], "commit 2 after abort 3", settle=0.03)
-    genl.seal(line.name)  # 5 = 3 + 4 + 5
+    same(genl.seal(line.name)["packets"], 5, "what the seal of 3, 4 and 5 says")
     line.send(60)
     genl.seal(line.name)
     line.receiver.nothing("5 and 6 are sealed")
@@ -539,7 +540,7 @@ def oracle(stack):
     lines = [Line(stack, kind, domain="web") for kind in KINDS]
     # What each port holds: a list of lists, the sealed epochs in order; the open one.
     sealed, opened = [], [[] for _ in lines]
-    number, epoch, committed, aborted = 0, 1, 0, []
+    number, epoch, committed = 0, 1, 0
     steps = scaled(1500, 30000)
     for step in range(steps):
         where = f"step {step} of seed {SEED}"
@@ -556,7 +557,7 @@ def oracle(stack):
             except netlink.Refused as error:
                 same((error.errno, len(sealed) > 30), (errno.EBUSY, True), where)
             else:
-                same(done["epoch"], epoch, where)
+                same((done["epoch"], done["packets"]), (epoch, sum(map(len, opened))), f"{where}: what the seal says")
                 sealed.append((epoch, opened))
                 epoch, opened = epoch + 1, [[] for _ in lines]
         elif dice < 0.94:
@@ -577,9 +578,9 @@ def oracle(stack):
         else:
             target = rng.choice(sealed)[0] if sealed and rng.random() < 0.8 else rng.randrange(0, epoch + 3)
             if any(e == target for e, _ in sealed):
-                genl.abort("web", target)
+                done = genl.abort("web", target)
+                same(done["packets"], sum(len(p) for e, ports in sealed if e >= target for p in ports), f"{where}: what the abort says")
                 while sealed and sealed[-1][0] >= target:
-                    aborted.append(sealed[-1][0])
                     opened = [old + new for old, new in zip(sealed.pop()[1], opened)]
             else:
                 with fails(errno.EINVAL, errno.EALREADY):
@@ -636,11 +637,12 @@ def late_packets(stack, kind):
         f.seek(0)
         f.write("100000")
     kid = Kid(flood, source, shared, 60000)
-    marks, got, last = [], [], 0
+    marks, got, last, counted = [], [], 0, 0
     for _ in range(scaled(150)):
         # Sent for certain before the seal; on its way to an ingress it may still be late.
         before = cells[1] if kind == "egress" else 0
-        epoch = genl.seal(line.name)["epoch"]
+        done = genl.seal(line.name)
+        epoch, counted = done["epoch"], counted + done["packets"]
         after = cells[0]   # whatever follows is sent for certain after the seal
         marks.append((epoch, before, after))
         if len(marks) > 2:
@@ -656,7 +658,11 @@ def late_packets(stack, kind):
             last = len(got)
     cells[2] = 1
     total = kid.result()
-    genl.commit(line.name, genl.seal(line.name)["epoch"])
+    if kind != "egress":
+        time.sleep(0.1)  # the last ones reach the ingress
+    done = genl.seal(line.name)
+    same(counted + done["packets"], total, "packets in all sealed epochs")
+    genl.commit(line.name, done["epoch"])
     end = time.monotonic() + 15
     while len(got) < total and time.monotonic() < end:
         got += line.receiver.now()

@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0
 """Everything at once on two processors. What must hold: no report, no crash, no leak; it unloads afterwards."""
 import contextlib
-import ctypes
 import errno
 import mmap
 import os
 import random
-import struct
 import time
 
 import harness
 import net
-import netlink
-import ram
-from harness import Kid, SEED, same, scaled, test, true, until
+from harness import Kid, SEED, scaled, test, true, until
 from netlink import EGRESS, GUEST, Genl, Refused, Rtnl, options
-from ram import PAGE, RECORD, Ram
+from ram import PAGE, Ram
 
 # What a command may say when another one was faster.
 FINE = {errno.ENOENT, errno.EEXIST, errno.EBUSY, errno.EINVAL, errno.EALREADY, errno.ENODEV, errno.ENXIO,

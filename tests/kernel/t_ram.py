@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
 """The RAM device: mappings, exact dirty sets, true snapshots."""
-import contextlib
 import ctypes
 import errno
 import mmap
