@@ -73,6 +73,7 @@ void remus_page_copy(struct page *to, struct page *from);
 void remus_page_read(struct page *page, size_t offset, void *to, size_t len);
 void remus_page_write(struct page *page, size_t offset, const void *from, size_t len);
 
+bool remus_vma_is_shared(const struct vm_area_struct *vma);
 struct inode *remus_inode_new(const char *name);
 struct address_space *remus_inode_mapping(const struct inode *inode);
 void remus_file_set_mapping(struct file *file, struct inode *inode);

@@ -315,6 +315,15 @@ void remus_page_write(struct page *page, size_t offset, const void *from, size_t
 }
 
 /*
+ * Whether a mapping was asked for as shared. (A shared one of a file that was opened for reading alone
+ * is VM_MAYSHARE, not VM_SHARED; and kernel::mm::virt::flags::MAYSHARE is VM_MAYEXEC in Linux 7.2.)
+ */
+bool remus_vma_is_shared(const struct vm_area_struct *vma)
+{
+	return vma->vm_flags & VM_MAYSHARE;
+}
+
+/*
  * A new anonymous inode, for an address space that nothing else shares. The file that comes with it
  * is let go at once; its operations are empty and need no module.
  */

@@ -34,10 +34,7 @@ use kernel::{
         c_uint,
         c_ulong, //
     },
-    mm::virt::{
-        flags,
-        VmaNew, //
-    },
+    mm::virt::VmaNew,
     page::PAGE_SIZE,
     prelude::*,
     sync::Arc,
@@ -199,9 +196,9 @@ impl<T: Memory> Operations<T> {
         let memory = unsafe { Self::memory(file) };
         // SAFETY: `vma` is being set up.
         let new = unsafe { VmaNew::from_raw(vma) };
-        // A private mapping would hide its writes. (A shared one of a file that was opened for reading
-        // alone is not VM_SHARED, but VM_MAYSHARE.)
-        if new.flags() & flags::MAYSHARE == 0 {
+        // A private mapping would hide its writes.
+        // SAFETY: As above.
+        if !unsafe { bindings::remus_vma_is_shared(vma) } {
             return EINVAL.to_errno();
         }
         // SAFETY: As above.
