@@ -14,7 +14,7 @@ import time
 import traceback
 
 import netlink
-from ram import check, libc
+from ram import check, close_all, libc
 
 LONG = bool(os.environ.get("REMUS_LONG"))
 DEBUG = os.environ.get("REMUS_FLAVOUR") == "debug"
@@ -365,6 +365,7 @@ def main(patterns, listing):
         for kid in list(Kid.all):
             kid.kill()
             kid.reap()
+        close_all()
         if why:
             sweep()
             with contextlib.suppress(OSError):

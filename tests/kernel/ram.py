@@ -37,12 +37,25 @@ def check(result):
     return result
 
 
+OPEN = []  # mappings and descriptors that a failed test has left
+
+
+def close_all():
+    for one in list(OPEN):
+        try:
+            one.close()
+        except OSError:
+            pass
+    OPEN.clear()
+
+
 class Map:
     """A mapping, accessed through plain loads and stores."""
 
     def __init__(self, fd, length, offset=0, prot=RW, flags=MAP_SHARED):
         self.length = length
         self.addr = check(libc.mmap(None, length, prot, flags, fd, offset))
+        OPEN.append(self)
 
     def write(self, at, data):
         assert 0 <= at and at + len(data) <= self.length
@@ -63,8 +76,9 @@ class Map:
 
     def close(self):
         if self.addr:
-            check(libc.munmap(self.addr, self.length))
-            self.addr = None
+            addr, self.addr = self.addr, None
+            OPEN[:] = [o for o in OPEN if o is not self]
+            check(libc.munmap(addr, self.length))
 
     def __enter__(self):
         return self
@@ -83,8 +97,10 @@ class Ram:
     def __init__(self, domain, flags=os.O_RDWR):
         self.fd = os.open(f"/dev/remus/{domain}", flags | os.O_CLOEXEC)
         self.maps = []
+        OPEN.append(self)
 
     def close(self):
+        OPEN[:] = [o for o in OPEN if o is not self]
         for m in self.maps:
             m.close()
         self.maps = []

@@ -34,7 +34,8 @@ class Machine:
         self.sealed = {}                        # epoch: {page: content at the seal}
 
     def end(self):
-        self.device.close()
+        # Whatever has failed, the memory is let go.
+        ram.close_all()
         until(lambda: self.deleted(), "the domain can be deleted")
 
     def deleted(self):
