@@ -241,7 +241,8 @@ impl Domain {
         let mut state = self.state.lock();
         state.epochs.abort(epoch).map_err(|r| refused(r, epoch))?;
         let pages = self.ram().map_or(0, |ram| ram.abort(epoch));
-        let done = state.each_port(epoch, pages, |port| port.aborted(epoch));
+        let newest = state.epochs.newest();
+        let done = state.each_port(epoch, pages, |port| port.aborted(newest));
         Ok(done.since(start))
     }
 

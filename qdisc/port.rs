@@ -221,12 +221,12 @@ impl Port {
         }
     }
 
-    /// `epoch` and all sealed after it were folded into the open one. Their packets stay where they
+    /// All epochs sealed after `newest` were folded into the open one. Their packets stay where they
     /// are: those epochs will not be committed by themselves, only together with the open one (see
     /// `core::epoch`). Returns how many packets and bytes were in them.
-    pub(crate) fn aborted(&self, epoch: u64) -> (u64, u64) {
+    pub(crate) fn aborted(&self, newest: u64) -> (u64, u64) {
         let mut state = self.state.lock();
-        let (packets, bytes) = state.queue.count_from(epoch);
+        let (packets, bytes) = state.queue.count_after(newest);
         let before = core::mem::replace(&mut state.open, (packets, bytes));
         (packets - before.0.min(packets), bytes - before.1.min(bytes))
     }

@@ -164,14 +164,14 @@ impl PacketQueue {
         Some(packet)
     }
 
-    /// How many packets and bytes there are of `epoch` and later ones. Looks at every packet.
-    pub(crate) fn count_from(&self, epoch: u64) -> (u64, u64) {
+    /// How many packets and bytes there are of epochs after `epoch`. Looks at every packet.
+    pub(crate) fn count_after(&self, epoch: u64) -> (u64, u64) {
         let (mut packets, mut bytes) = (0, 0);
         let mut skb = self.head;
         while !skb.is_null() {
             // SAFETY: The chain is valid by the type invariant, and each packet has an epoch.
             unsafe {
-                if bindings::remus_skb_epoch(skb) >= epoch {
+                if bindings::remus_skb_epoch(skb) > epoch {
                     packets += 1;
                     bytes += u64::from(bindings::remus_skb_len(skb));
                 }

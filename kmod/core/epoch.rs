@@ -82,6 +82,12 @@ impl Epochs {
         self.committed
     }
 
+    /// The newest epoch that is sealed or committed, 0 if there is none. All that came later belongs to
+    /// the open one, whatever epoch was open when it came.
+    pub fn newest(&self) -> u64 {
+        self.runs().last().map_or(self.committed, |r| r.last)
+    }
+
     /// How many epochs are sealed.
     pub fn sealed(&self) -> u64 {
         self.runs().iter().map(|r| r.last - r.first + 1).sum()
