@@ -161,6 +161,8 @@ fn run(ops: &[Op]) -> Result<(), TestCaseError> {
                 tag,
                 belongs
             );
+            // What an abort counts as taken back.
+            prop_assert_eq!(*tag > real.newest(), *belongs == real.open());
         }
     }
     Ok(())
