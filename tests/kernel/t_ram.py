@@ -312,7 +312,7 @@ def exact(stack):
     cheap = [m.map.write, third.write, by_second, lambda at, d: os.pwrite(m.device.fd, d, at),
              lambda at, d: os.pwrite(other.fd, d, at), by_file_read, by_vm_writev, by_remap,
              lambda at, d: os.pwrite(mem, d, m.map.addr + at), lambda at, d: os.pwrite(mem, d, third.addr + at)]
-    for epoch in range(1, scaled(25) + 1):
+    for epoch in range(1, scaled(15) + 1):
         for _ in range(rng.randrange(60)):
             at = rng.randrange(512 * PAGE - 1)
             data = rng.randbytes(rng.choice((1, 8, 100, PAGE, 3 * PAGE)))[:512 * PAGE - at]
@@ -551,7 +551,7 @@ def snapshots(stack):
     """Up to five sealed epochs, read in any order while everything is overwritten, through commits and aborts."""
     m = Machine(stack, 200)
     rng = random.Random(SEED)
-    for step in range(scaled(120)):
+    for step in range(scaled(70)):
         where = f"step {step} of seed {SEED}"
         for _ in range(rng.randrange(40)):
             page = rng.randrange(200) if rng.random() < 0.5 else rng.randrange(20)
@@ -911,8 +911,10 @@ def pages_are_freed(stack):
         genl.delete("web")
     turn()
     free = harness.memory_free()
-    for _ in range(scaled(6)):
+    count = scaled(8)
+    for _ in range(count):
         turn()
     time.sleep(0.3)
+    # KASAN keeps some of what is freed for a while; a page set that leaks is 8 MiB each time.
     lost = free - harness.memory_free()
-    true(lost < 20 << 20, f"{lost >> 20} MiB are gone after {scaled(6)} domains of {size >> 20} MiB with copies")
+    true(lost < 36 << 20, f"{lost >> 20} MiB are gone after {count} domains of {size >> 20} MiB with copies")
