@@ -357,11 +357,14 @@ def main(patterns, listing):
                 unload(wait=2)
             continue
         except (Exception, Timeout) as error:
+            detail = traceback.format_exc()
+            # What came first counts, not what the clean-up then stumbled over.
+            while error.__context__ and not error.__suppress_context__:
+                error = error.__context__
             why = f"{type(error).__name__}: {error}"
             frames = [f for f in traceback.extract_tb(error.__traceback__) if "t_" in f.filename]
             if frames:
                 why += f" (line {frames[-1].lineno})"
-            detail = traceback.format_exc()
         for kid in list(Kid.all):
             kid.kill()
             kid.reap()

@@ -35,6 +35,8 @@ class Machine:
 
     def end(self):
         # Whatever has failed, the memory is let go.
+        for kid in Kid.all:
+            kid.kill()
         ram.close_all()
         until(lambda: self.deleted(), "the domain can be deleted")
 
