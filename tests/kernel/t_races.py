@@ -32,7 +32,8 @@ class Crowd:
             rng, turns = random.Random(SEED + len(self.kids)), 0
             with contextlib.ExitStack() as inner:
                 step = function(inner, *args)
-                while not self.stop[0]:
+                # On a busy machine some are slow: each has its turns, however long that takes.
+                while not self.stop[0] or turns < 3:
                     try:
                         step(rng)
                     except OSError as error:
