@@ -269,6 +269,30 @@ def everything(stack):
 
 
 @test(seconds=200)
+def deleted_and_made_again(stack):
+    """A domain is deleted, and made again at once, while its last port still drops what it held."""
+    genl = stack.enter_context(Genl())
+    line, = lines(stack, "guest")
+    for _ in range(scaled(4)):
+        genl.new("web", 1 << 20)
+        line.add("web")
+        for n in range(15000):
+            line.send(n)
+        kid = Kid(line.remove)
+        for _ in range(100000):
+            try:
+                genl.delete("web")
+                break
+            except Refused as error:
+                true(error.errno == errno.EBUSY, error)
+        genl.new("web", 1 << 20)
+        with Ram("web") as device:
+            device.map().write(0, b"new")
+        kid.result()
+        genl.delete("web")
+
+
+@test(seconds=200)
 def killed(stack):
     """The processes of a protected machine die in the middle of what they do."""
     genl = stack.enter_context(Genl())
