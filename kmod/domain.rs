@@ -142,7 +142,11 @@ pub(crate) struct Domain {
     name: Name,
     /// Deleted with its last port, because a queue discipline created it.
     implicit: bool,
-    ram: Option<(Arc<Ram>, ramdev::Registration<Ram>)>,
+    ram: Option<Arc<Ram>>,
+    /// The device of `ram`, until the domain is deleted: a port that is on its way out may keep the
+    /// domain for longer, and the name must be free by then.
+    #[pin]
+    device: Mutex<Option<ramdev::Registration<Ram>>>,
     /// The open epoch, for the packets' path: a copy of what `state` says.
     open: Atomic<u64>,
     #[pin]
@@ -151,13 +155,13 @@ pub(crate) struct Domain {
 
 impl Domain {
     fn create(name: Name, memory: Option<u64>, implicit: bool) -> Result<Arc<Self>, Refusal> {
-        let ram = match memory {
+        let (ram, device) = match memory {
             Some(size) => {
                 let ram = Ram::new(size)?;
                 let device = ram.register(name.as_bytes())?;
-                Some((ram, device))
+                (Some(ram), Some(device))
             }
-            None => None,
+            None => (None, None),
         };
         let epochs = Epochs::new();
         Ok(Arc::pin_init(
@@ -165,6 +169,7 @@ impl Domain {
                 name,
                 implicit,
                 ram,
+                device <- new_mutex!(device, "remus_device"),
                 open: Atomic::new(epochs.open()),
                 state <- new_mutex!(State { epochs, ports: KVec::new() }, "remus_domain"),
             }),
@@ -179,7 +184,7 @@ impl Domain {
 
     /// Its memory.
     pub(crate) fn ram(&self) -> Option<&Arc<Ram>> {
-        self.ram.as_ref().map(|(ram, _)| ram)
+        self.ram.as_ref()
     }
 
     /// The open epoch, for a packet that arrives now. Any context; [`Port`] says why this may be
@@ -383,6 +388,8 @@ pub(crate) fn delete(name: &Name) -> Result<(), Refusal> {
         ));
     }
     domains.retain(|d| !Arc::ptr_eq(d, &domain));
+    let device = domain.device.lock().take();
+    drop(device);
     Ok(())
 }
 

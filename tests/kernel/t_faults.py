@@ -381,7 +381,7 @@ def packets(stack):
 def load_module(stack):
     """Loading: it is loaded, or there is no trace of it."""
     faults = Faults(stack)
-    most, seen = 40 if not LONG else 1000, 0
+    most, seen = 25 if not LONG else 1000, 0
     # The kernel's own loader allocates hundreds of times before the module's init: look at the end.
     low, high = 1, 5000
 

@@ -638,7 +638,7 @@ def late_packets(stack, kind):
         f.write("100000")
     kid = Kid(flood, source, shared, 60000)
     marks, got, last, counted = [], [], 0, 0
-    for _ in range(scaled(150)):
+    for _ in range(scaled(100)):
         # Sent for certain before the seal; on its way to an ingress it may still be late.
         before = cells[1] if kind == "egress" else 0
         done = genl.seal(line.name)
@@ -698,9 +698,9 @@ def leaks(stack):
                 line.close()
     rounds(1)
     before = active()
-    rounds(6)
+    rounds(3)
     time.sleep(0.1)
-    true(active() - before < 600, f"packet heads in use: {before} before, {active()} after 4,800 packets")
+    true(active() - before < 600, f"packet heads in use: {before} before, {active()} after 2,400 packets")
 
 
 @test

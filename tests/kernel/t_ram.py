@@ -896,7 +896,7 @@ def deleted_while_open_elsewhere(stack):
 def pages_are_freed(stack):
     """Memory, copies and bitmaps go with their epoch and their domain."""
     genl = stack.enter_context(Genl())
-    size = 8 << 20
+    size = 4 << 20
     fill = os.urandom(size)
 
     def turn():
@@ -913,10 +913,10 @@ def pages_are_freed(stack):
         genl.delete("web")
     turn()
     free = harness.memory_free()
-    count = scaled(8)
+    count = scaled(10)
     for _ in range(count):
         turn()
     time.sleep(0.3)
-    # KASAN keeps some of what is freed for a while; a page set that leaks is 8 MiB each time.
+    # KASAN keeps some of what is freed for a while; a page set that leaks is 4 MiB each time.
     lost = free - harness.memory_free()
-    true(lost < 36 << 20, f"{lost >> 20} MiB are gone after {count} domains of {size >> 20} MiB with copies")
+    true(lost < 28 << 20, f"{lost >> 20} MiB are gone after {count} domains of {size >> 20} MiB with copies")
