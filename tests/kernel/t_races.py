@@ -273,10 +273,10 @@ def deleted_and_made_again(stack):
     """A domain is deleted, and made again at once, while its last port still drops what it held."""
     genl = stack.enter_context(Genl())
     line, = lines(stack, "guest")
-    for _ in range(scaled(4)):
+    for _ in range(scaled(2)):
         genl.new("web", 1 << 20)
         line.add("web")
-        for n in range(15000):
+        for n in range(8000):
             line.send(n)
         kid = Kid(line.remove)
         for _ in range(100000):
