@@ -13,11 +13,12 @@ KDIR ?=
 # Debian's own Rust, from scripts/lib.sh: the controller shares source with the module.
 cargo = . scripts/lib.sh && build_tools && export CARGO_TARGET_DIR="$$TOP/build/cargo" && cd ctl && "$$CARGO"
 
-.PHONY: help kernel module ctl guest demo test test-kernel test-errors test-takeover lint check clean
+.PHONY: help kernel module ctl tc install uninstall guest demo test test-kernel test-qdisc-long test-tc test-errors test-takeover bench-qdisc lint check clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
-	@echo '  Variables: FLAVOUR=release|debug (kernel, module), KDIR=DIR (module), RUNS=N (test-takeover),'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
+	@echo '  Variables: FLAVOUR=release|debug (kernel, module), KDIR=DIR (module, install), RUNS=N (test-takeover),'
+	@echo '  PREFIX=DIR (install: remusctl below it, default /usr/local), DESTDIR=DIR (install: everything below it),'
 	@echo '  DEMO="--memory 512 ..." (demo; see tests/demo/run --help), REMUS_CACHE=DIR (default ~/.cache/remus).'
 
 kernel: ## build the test kernel (FLAVOUR=release|debug) into the cache
@@ -29,6 +30,16 @@ module: ## build remus_buf.ko (KDIR=DIR: against any other Rust-enabled kernel)
 ctl: ## build remusctl
 	@$(cargo) build --release --locked
 	@echo build/cargo/release/remusctl
+
+tc: ## build q_remus.so, with which tc knows the options and statistics of remus
+	@scripts/tc.sh
+
+# The module only if a kernel is named, or for the one that it was built for before.
+install: ctl tc $(if $(KDIR),module) ## install remusctl, the plugin of tc, and the module if it is for the running kernel
+	@scripts/install.sh
+
+uninstall: ## remove what install has installed
+	@scripts/install.sh --uninstall
 
 guest: ## build the guest that the demo protects
 	@scripts/guest.sh
@@ -42,11 +53,20 @@ test: ## everything: lint, host tests, kernel tests, ten take-overs
 test-kernel: ## only the kernel tests, on the debug flavour
 	@scripts/test.sh kernel
 
+test-qdisc-long: ## the qdisc against a model, 100,000 steps, and 1,000,000 random netlink messages: an hour or two
+	@scripts/test.sh qdisc-long
+
+test-tc: ## only tc with its plugin, by the kernel's own tdc
+	@scripts/test.sh tc
+
 test-errors: ## only what people get wrong, and what they are told
 	@scripts/test.sh errors
 
 test-takeover: ## only the take-overs (RUNS=10), and single processes killed
 	@RUNS="$(or $(RUNS),10)" scripts/test.sh takeover
+
+bench-qdisc: ## what holding packets costs, beside sch_plug, ifb and pfifo_fast
+	@tests/bench/qdisc/run
 
 lint: ## rustfmt, clippy for module and controller, shellcheck, Python syntax; warnings are errors
 	@scripts/lint.sh

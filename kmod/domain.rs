@@ -2,23 +2,31 @@
 
 //! Domains: an epoch counter, and what it counts for: ports (packets) and memory.
 //!
-//! Lock order: RTNL or the netlink lock, `DOMAINS`, [`Domain::state`], then `Ram::state` or
-//! [`Port`]'s locks. A domain is created and deleted by netlink, or comes and goes with the queue
+//! Lock order: RTNL or the netlink lock, `DOMAINS`, [`Domain::state`], then `Ram::state`, [`Port`]'s
+//! locks, or that of the events. A domain is created and deleted by netlink, or comes and goes with the queue
 //! disciplines that name it.
 
 use crate::{
     abi::{
         already,
+        netlink::{
+            may_have_listeners,
+            Sender,
+            Socket, //
+        },
         page,
-        ramdev, //
+        ramdev,
+        workqueue, //
     },
     core::{
         epoch::{
             Epochs,
             Refused, //
         },
+        ledger::Sum,
         uapi, //
     },
+    netlink,
     qdisc::port::Port,
     ram::Ram,
     refusal::{
@@ -27,13 +35,16 @@ use crate::{
     },
 };
 use kernel::{
+    impl_has_work,
     new_mutex,
+    new_work,
     page::PAGE_SIZE,
     prelude::*,
     sync::{
         atomic::{
             Acquire,
             Atomic,
+            Relaxed,
             Release, //
         },
         Arc,
@@ -43,12 +54,21 @@ use kernel::{
         Instant,
         Monotonic, //
     },
+    workqueue::{
+        Work,
+        WorkItem, //
+    }, //
 };
 
 kernel::sync::global_lock! {
     // SAFETY: Initialised by `Domains::new`, before anything can find a domain.
     unsafe(uninit) static DOMAINS: Mutex<KVec<Arc<Domain>>> = KVec::new();
 }
+
+/// The next number for a domain or a port. They are listed in the order of their numbers.
+static NEXT_ID: Atomic<u64> = Atomic::new(1);
+/// Whether any domain ever had an owner: most sockets that are closed are none of ours.
+static OWNED: Atomic<bool> = Atomic::new(false);
 
 /// A domain's name: 1 to [`uapi::NAME_MAX`] letters, digits, `.`, `_` and `-`, not starting with a
 /// mark, so that it can be a file name.
@@ -111,28 +131,89 @@ pub(crate) struct View {
     pub(crate) ports: u64,
     pub(crate) packets: u64,
     pub(crate) bytes: u64,
+    pub(crate) memory: u64,
     pub(crate) dropped: u64,
+    pub(crate) limit_packets: u64,
+    pub(crate) limit_bytes: u64,
+    pub(crate) owner: Option<u32>,
+    pub(crate) orphaned: bool,
+}
+
+/// What listeners are told about a domain, at most once an epoch each.
+#[derive(Clone, Copy)]
+pub(crate) enum Event {
+    /// The first packet of the open epoch is held.
+    OutputPending,
+    /// A port or the domain holds half of what it may hold.
+    BufferHigh,
+    /// A packet was dropped because of a limit.
+    Overflow,
+}
+
+impl Event {
+    const ALL: [Self; 3] = [Self::OutputPending, Self::BufferHigh, Self::Overflow];
+
+    fn command(self) -> u8 {
+        match self {
+            Self::OutputPending => uapi::cmd::OUTPUT_PENDING,
+            Self::BufferHigh => uapi::cmd::BUFFER_HIGH,
+            Self::Overflow => uapi::cmd::OVERFLOW,
+        }
+    }
+}
+
+/// Of one kind of event: the epoch for which it was last told, and for which it was last sent.
+struct Told {
+    epoch: Atomic<u64>,
+    sent: Atomic<u64>,
+}
+
+impl Told {
+    const fn new() -> Self {
+        Self {
+            epoch: Atomic::new(0),
+            sent: Atomic::new(0),
+        }
+    }
 }
 
 struct State {
     epochs: Epochs,
     ports: KVec<Arc<Port>>,
+    /// What ports that are gone have dropped.
+    dropped: u64,
+    /// The process that alone may drive the domain, as long as this socket of its is open.
+    owner: Option<Sender>,
+    /// The last owner's socket was closed.
+    orphaned: bool,
 }
 
 impl State {
     /// Has each port do its part, and sums up what was done.
-    fn each_port(&self, epoch: u64, pages: u64, part: impl Fn(&Port) -> (u64, u64)) -> Done {
+    fn each_port(&self, epoch: u64, pages: u64, part: impl Fn(&Arc<Port>) -> Sum) -> Done {
         let mut done = Done {
             epoch,
             pages,
             ..Done::default()
         };
         for port in &self.ports {
-            let (packets, bytes) = part(port);
-            done.packets += packets;
-            done.bytes += bytes;
+            let sum = part(port);
+            done.packets += sum.packets;
+            done.bytes += sum.bytes;
         }
         done
+    }
+
+    /// Refuses what another process than the owner asks for.
+    fn check(&self, sender: Sender) -> Result<(), Refusal> {
+        match self.owner {
+            Some(owner) if owner.process != sender.process => Err(refusal!(
+                EBUSY,
+                "process {} owns the domain: end it first",
+                owner.process
+            )),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -140,6 +221,7 @@ impl State {
 #[pin_data]
 pub(crate) struct Domain {
     name: Name,
+    id: u64,
     /// Deleted with its last port, because a queue discipline created it.
     implicit: bool,
     ram: Option<Arc<Ram>>,
@@ -149,8 +231,36 @@ pub(crate) struct Domain {
     device: Mutex<Option<ramdev::Registration<Ram>>>,
     /// The open epoch, for the packets' path: a copy of what `state` says.
     open: Atomic<u64>,
+    /// Packets in all ports, and their memory, while there is a limit; what is not handed on yet counts
+    /// too.
+    packets: Atomic<i64>,
+    memory: Atomic<i64>,
+    /// Limits of these, 0 for none.
+    limit_packets: Atomic<u64>,
+    limit_bytes: Atomic<u64>,
+    told: [Told; Event::ALL.len()],
     #[pin]
     state: Mutex<State>,
+    #[pin]
+    send_events: Work<Domain>,
+}
+
+impl_has_work! {
+    impl HasWork<Self> for Domain { self.send_events }
+}
+
+impl WorkItem for Domain {
+    type Pointer = Arc<Self>;
+
+    fn run(this: Arc<Self>) {
+        for (event, told) in Event::ALL.into_iter().zip(&this.told) {
+            let epoch = told.epoch.load(Relaxed);
+            // Only here, and this never runs twice at once.
+            if told.sent.xchg(epoch, Relaxed) != epoch {
+                netlink::send_event(&this, event.command(), epoch);
+            }
+        }
+    }
 }
 
 impl Domain {
@@ -167,11 +277,27 @@ impl Domain {
         Ok(Arc::pin_init(
             pin_init!(Self {
                 name,
+                id: NEXT_ID.fetch_add(1, Relaxed),
                 implicit,
                 ram,
                 device <- new_mutex!(device, "remus_device"),
                 open: Atomic::new(epochs.open()),
-                state <- new_mutex!(State { epochs, ports: KVec::new() }, "remus_domain"),
+                packets: Atomic::new(0),
+                memory: Atomic::new(0),
+                limit_packets: Atomic::new(0),
+                limit_bytes: Atomic::new(0),
+                told: [const { Told::new() }; Event::ALL.len()],
+                state <- new_mutex!(
+                    State {
+                        epochs,
+                        ports: KVec::new(),
+                        dropped: 0,
+                        owner: None,
+                        orphaned: false,
+                    },
+                    "remus_domain",
+                ),
+                send_events <- new_work!("remus_events"),
             }),
             GFP_KERNEL,
         )?)
@@ -193,6 +319,77 @@ impl Domain {
         self.open.load(Acquire)
     }
 
+    /// A packet is to be held, with so many bytes of memory. False if that is beyond a limit. Any context.
+    pub(crate) fn take(self: &Arc<Self>, memory: u64) -> bool {
+        let memory = i64::try_from(memory).unwrap_or(0);
+        let packets = self.packets.fetch_add(1, Relaxed) + 1;
+        let bytes = self.memory.fetch_add(memory, Relaxed) + memory;
+        let limits = (
+            self.limit_packets.load(Relaxed),
+            self.limit_bytes.load(Relaxed),
+        );
+        let over = |now: i64, limit: u64| limit != 0 && now.unsigned_abs() > limit;
+        if over(packets, limits.0) || over(bytes, limits.1) {
+            self.packets.add(-1, Relaxed);
+            self.memory.add(-memory, Relaxed);
+            return false;
+        }
+        // A limit of 1 has no half; the largest has no successor.
+        let half = |limit: u64| limit - limit / 2;
+        if over(packets, half(limits.0)) || over(bytes, half(limits.1)) {
+            self.tell(Event::BufferHigh);
+        }
+        true
+    }
+
+    /// So many packets are held already. Any context.
+    pub(crate) fn add(&self, packets: u64, memory: u64) {
+        self.packets
+            .add(i64::try_from(packets).unwrap_or(0), Relaxed);
+        self.memory.add(i64::try_from(memory).unwrap_or(0), Relaxed);
+    }
+
+    /// So many packets are not held any more, nor their memory. Any context.
+    pub(crate) fn give(&self, packets: u64, memory: u64) {
+        self.packets
+            .add(-i64::try_from(packets).unwrap_or(0), Relaxed);
+        self.memory
+            .add(-i64::try_from(memory).unwrap_or(0), Relaxed);
+    }
+
+    fn is_limited(&self) -> bool {
+        self.limit_packets.load(Relaxed) != 0 || self.limit_bytes.load(Relaxed) != 0
+    }
+
+    /// Has listeners told, unless they were in this epoch. Any context.
+    pub(crate) fn tell(self: &Arc<Self>, event: Event) {
+        if !may_have_listeners() {
+            return;
+        }
+        let (told, epoch) = (&self.told[event as usize], self.open_epoch());
+        // Only forward: two ports may see a seal at different moments.
+        let mut known = told.epoch.load(Relaxed);
+        loop {
+            if known >= epoch {
+                return;
+            }
+            match told.epoch.cmpxchg(known, epoch, Relaxed) {
+                Ok(_) => break,
+                Err(now) => known = now,
+            }
+        }
+        if let Some(queue) = workqueue::queue() {
+            // If it is queued already it has not begun, and will see this one.
+            let _ = queue.enqueue(self.clone());
+        }
+    }
+
+    /// The open epoch, the newest committed one, and how many are sealed. Process context.
+    pub(crate) fn epochs(&self) -> (u64, u64, u64) {
+        let epochs = &self.state.lock().epochs;
+        (epochs.open(), epochs.committed(), epochs.sealed())
+    }
+
     /// Counters now.
     pub(crate) fn view(&self) -> View {
         let state = self.state.lock();
@@ -201,22 +398,85 @@ impl Domain {
             committed: state.epochs.committed(),
             sealed: state.epochs.sealed(),
             ports: state.ports.len() as u64,
+            dropped: state.dropped,
+            limit_packets: self.limit_packets.load(Relaxed),
+            limit_bytes: self.limit_bytes.load(Relaxed),
+            owner: state.owner.map(|owner| owner.process.unsigned_abs()),
+            orphaned: state.orphaned,
             ..View::default()
         };
         for port in &state.ports {
-            let held = port.held();
-            view.packets += held.packets;
-            view.bytes += held.bytes;
-            view.dropped += held.dropped;
+            let port = port.view();
+            view.packets += port.held.packets;
+            view.bytes += port.held.bytes;
+            view.memory += port.memory;
+            view.dropped += port.drops.total();
         }
         view
     }
 
+    /// Changes the limits over all ports, 0 for none, and makes `sender` the owner if it asks for that.
+    pub(crate) fn set(
+        &self,
+        sender: Sender,
+        packets: Option<u64>,
+        bytes: Option<u64>,
+        own: bool,
+    ) -> Result<(), Refusal> {
+        let mut state = self.state.lock();
+        state.check(sender)?;
+        if let Some(packets) = packets {
+            self.limit_packets.store(packets, Relaxed);
+        }
+        if let Some(bytes) = bytes {
+            self.limit_bytes.store(bytes, Relaxed);
+        }
+        for port in &state.ports {
+            port.count(self.is_limited());
+        }
+        if own {
+            OWNED.store(true, Release);
+            state.owner = Some(sender);
+            state.orphaned = false;
+        }
+        Ok(())
+    }
+
+    /// Has one of its ports hold nothing until the next seal, or everything from now on. RTNL held.
+    pub(crate) fn set_passing(&self, port: &Arc<Port>, passing: bool) -> Result<(), Refusal> {
+        let state = self.state.lock();
+        if !passing {
+            port.stop_passing();
+        } else if !port.passing() {
+            if state.owner.is_some() {
+                return Err(refusal!(EBUSY, "a process owns the domain: end it first"));
+            }
+            if state.epochs.sealed() > 0 {
+                return Err(refusal!(
+                    EBUSY,
+                    "sealed epochs wait: commit or abort them first"
+                ));
+            }
+            port.pass();
+        }
+        Ok(())
+    }
+
+    /// The port after the one with this number.
+    pub(crate) fn port_after(&self, id: u64) -> Option<Arc<Port>> {
+        let state = self.state.lock();
+        state.ports.iter().find(|port| port.id() > id).cloned()
+    }
+
     /// Seals the open epoch, of all ports and the memory.
-    pub(crate) fn seal(&self, full: bool) -> Result<Done, Refusal> {
+    pub(crate) fn seal(&self, sender: Sender, full: bool) -> Result<Done, Refusal> {
         let start = Instant::<Monotonic>::now();
         let mut state = self.state.lock();
+        state.check(sender)?;
         state.epochs.check_seal().map_err(|r| refused(r, 0))?;
+        for port in &state.ports {
+            port.prepare_seal()?;
+        }
         let epoch = state.epochs.open();
         let pages = match self.ram() {
             Some(ram) => ram.seal(epoch, full)?,
@@ -229,11 +489,12 @@ impl Domain {
     }
 
     /// Commits `epoch` and all before it: their packets leave, their snapshots are forgotten.
-    pub(crate) fn commit(&self, epoch: u64) -> Result<Done, Refusal> {
+    pub(crate) fn commit(&self, sender: Sender, epoch: u64) -> Result<Done, Refusal> {
         let start = Instant::<Monotonic>::now();
         let mut state = self.state.lock();
+        state.check(sender)?;
         state.epochs.commit(epoch).map_err(|r| refused(r, epoch))?;
-        let done = state.each_port(epoch, 0, |port| port.release(epoch));
+        let done = state.each_port(epoch, 0, |port| port.committed(epoch));
         if let Some(ram) = self.ram() {
             ram.commit(epoch);
         }
@@ -241,13 +502,23 @@ impl Domain {
     }
 
     /// Folds `epoch` and all sealed after it into the open one.
-    pub(crate) fn abort(&self, epoch: u64) -> Result<Done, Refusal> {
+    pub(crate) fn abort(&self, sender: Sender, epoch: u64) -> Result<Done, Refusal> {
         let start = Instant::<Monotonic>::now();
         let mut state = self.state.lock();
+        state.check(sender)?;
         state.epochs.abort(epoch).map_err(|r| refused(r, epoch))?;
         let pages = self.ram().map_or(0, |ram| ram.abort(epoch));
         let newest = state.epochs.newest();
         let done = state.each_port(epoch, pages, |port| port.aborted(newest));
+        Ok(done.since(start))
+    }
+
+    /// Throws all packets away that are not committed. Epochs stay as they are.
+    pub(crate) fn discard(&self, sender: Sender) -> Result<Done, Refusal> {
+        let start = Instant::<Monotonic>::now();
+        let state = self.state.lock();
+        state.check(sender)?;
+        let done = state.each_port(state.epochs.open(), 0, |port| port.discard());
         Ok(done.since(start))
     }
 
@@ -258,10 +529,12 @@ impl Domain {
         let empty = {
             let mut state = self.state.lock();
             state.ports.retain(|p| !Arc::ptr_eq(p, port));
+            state.dropped += port.view().drops.total();
             state.ports.is_empty()
         };
         if empty && self.implicit {
             domains.retain(|d| !core::ptr::eq(&**d, self));
+            netlink::send_gone(&self.name);
         }
     }
 }
@@ -324,9 +597,32 @@ pub(crate) fn get(name: &Name) -> Result<Arc<Domain>, Refusal> {
         .ok_or_else(|| refusal!(ENOENT, "there is no domain '{}'", name.as_str()))
 }
 
-/// The domain at this place of the list.
-pub(crate) fn nth(index: usize) -> Option<Arc<Domain>> {
-    DOMAINS.lock().get(index).cloned()
+/// The first domain whose number is at least `id`, and its number.
+pub(crate) fn from_id(id: u64) -> Option<(Arc<Domain>, u64)> {
+    let domains = DOMAINS.lock();
+    let domain = domains.iter().find(|d| d.id >= id)?;
+    Some((domain.clone(), domain.id))
+}
+
+/// A netlink socket was closed: what it owned stays as it is, and belongs to nobody.
+pub(crate) fn closed(socket: Socket) {
+    if !OWNED.load(Acquire) {
+        return;
+    }
+    for domain in &*DOMAINS.lock() {
+        let orphaned = {
+            let mut state = domain.state.lock();
+            let owned = state.owner.is_some_and(|owner| owner.socket == socket);
+            if owned {
+                state.owner = None;
+                state.orphaned = true;
+            }
+            owned
+        };
+        if orphaned {
+            netlink::send_event(domain, uapi::cmd::CONTROLLER_GONE, domain.open_epoch());
+        }
+    }
 }
 
 /// Creates a domain, with `memory` bytes of memory.
@@ -370,11 +666,15 @@ pub(crate) fn new(name: Name, memory: Option<u64>) -> Result<Arc<Domain>, Refusa
 }
 
 /// Deletes a domain that nobody uses.
-pub(crate) fn delete(name: &Name) -> Result<(), Refusal> {
+pub(crate) fn delete(name: &Name, sender: Sender) -> Result<(), Refusal> {
     let mut domains = DOMAINS.lock();
     let domain = find(&domains, name)
         .ok_or_else(|| refusal!(ENOENT, "there is no domain '{}'", name.as_str()))?;
-    let ports = domain.state.lock().ports.len();
+    let ports = {
+        let state = domain.state.lock();
+        state.check(sender)?;
+        state.ports.len()
+    };
     if ports > 0 {
         return Err(refusal!(
             EBUSY,
@@ -390,6 +690,7 @@ pub(crate) fn delete(name: &Name) -> Result<(), Refusal> {
     domains.retain(|d| !Arc::ptr_eq(d, &domain));
     let device = domain.device.lock().take();
     drop(device);
+    netlink::send_gone(name);
     Ok(())
 }
 
@@ -397,7 +698,7 @@ pub(crate) fn delete(name: &Name) -> Result<(), Refusal> {
 /// exist. RTNL held.
 pub(crate) fn join(
     name: Name,
-    make: impl FnOnce(Arc<Domain>) -> Result<Arc<Port>, Refusal>,
+    make: impl FnOnce(Arc<Domain>, u64) -> Result<Arc<Port>, Refusal>,
 ) -> Result<Arc<Port>, Refusal> {
     let mut domains = DOMAINS.lock();
     domains.reserve(1, GFP_KERNEL)?;
@@ -407,8 +708,12 @@ pub(crate) fn join(
         Some(domain) => domain,
         None => Domain::create(name, None, true)?,
     };
-    let port = make(domain.clone())?;
-    domain.state.lock().ports.push(port.clone(), GFP_KERNEL)?;
+    let port = make(domain.clone(), NEXT_ID.fetch_add(1, Relaxed))?;
+    {
+        let mut state = domain.state.lock();
+        state.ports.push(port.clone(), GFP_KERNEL)?;
+        port.count(domain.is_limited());
+    }
     if is_new {
         // Cannot fail: there is room.
         let _ = domains.push_within_capacity(domain);

@@ -7,20 +7,25 @@
 use crate::{
     abi::{
         netlink::{
+            multicast,
             Ack,
             Attrs,
             Command,
+            DumpError,
             Handler,
             Message,
             Policy,
-            Request, //
+            Position,
+            Request,
+            Socket, //
         },
         not_supported, //
     },
     core::uapi::{
         self,
         attr,
-        cmd, //
+        cmd,
+        Type, //
     },
     domain::{
         self,
@@ -28,6 +33,7 @@ use crate::{
         Done,
         Name, //
     },
+    qdisc::port::Port,
     refusal::{
         refusal,
         Refusal, //
@@ -40,42 +46,60 @@ pub(crate) struct Family;
 
 const LEN: usize = attr::MAX as usize + 1;
 
-/// A policy that accepts a name and the attributes in `also`, and nothing else.
-const fn policy<const N: usize>(also: [(u16, Policy); N]) -> [Policy; LEN] {
-    let mut policy = [Policy::REFUSED; LEN];
-    policy[attr::DOMAIN as usize] = Policy::string(uapi::NAME_MAX as u16);
+const COUNT: usize = uapi::COMMANDS.len();
+
+/// For each command, a policy that accepts its attributes and nothing else.
+static POLICIES: [[Policy; LEN]; COUNT] = {
+    const REFUSED: [Policy; LEN] = [Policy::REFUSED; LEN];
+    let mut policies = [REFUSED; COUNT];
     let mut i = 0;
-    while i < N {
-        policy[also[i].0 as usize] = also[i].1.copied();
+    while i < COUNT {
+        let accepts = uapi::COMMANDS[i].accepts;
+        let mut j = 0;
+        while j < accepts.len() {
+            let number = accepts[j] as usize;
+            policies[i][number] = match uapi::TYPES[number - 1] {
+                Type::Uint => Policy::UINT,
+                Type::Flag => Policy::FLAG,
+                Type::Text(max) => Policy::string(match max {
+                    Some(max) => max as u16,
+                    None => u16::MAX,
+                }),
+            };
+            j += 1;
+        }
         i += 1;
     }
-    policy
-}
+    policies
+};
 
-static NAME: [Policy; LEN] = policy([]);
-static NAME_MEMORY: [Policy; LEN] = policy([(attr::MEMORY, Policy::UINT)]);
-static NAME_EPOCH: [Policy; LEN] = policy([(attr::EPOCH, Policy::UINT)]);
-static NAME_FULL: [Policy; LEN] = policy([(attr::FULL, Policy::FLAG)]);
-
-const fn command(number: u8, policy: &'static [Policy]) -> Command {
-    Command {
-        number,
-        policy,
-        dump: number == cmd::DOMAIN_GET,
+const COMMANDS: [Command; COUNT] = {
+    const NONE: Command = Command {
+        number: 0,
+        policy: &[],
+        one: false,
+        dump: false,
+    };
+    let mut commands = [NONE; COUNT];
+    let mut i = 0;
+    while i < COUNT {
+        let command = &uapi::COMMANDS[i];
+        commands[i] = Command {
+            number: command.number,
+            policy: &POLICIES[i],
+            one: command.one,
+            dump: command.dump,
+        };
+        i += 1;
     }
-}
+    commands
+};
 
 impl Handler for Family {
     const NAME: &'static [u8] = uapi::FAMILY.as_bytes();
     const VERSION: u8 = uapi::VERSION;
-    const COMMANDS: &'static [Command] = &[
-        command(cmd::DOMAIN_NEW, &NAME_MEMORY),
-        command(cmd::DOMAIN_DEL, &NAME),
-        command(cmd::DOMAIN_GET, &NAME),
-        command(cmd::EPOCH_SEAL, &NAME_FULL),
-        command(cmd::EPOCH_COMMIT, &NAME_EPOCH),
-        command(cmd::EPOCH_ABORT, &NAME_EPOCH),
-    ];
+    const COMMANDS: &'static [Command] = &COMMANDS;
+    const EVENTS: &'static [u8] = uapi::EVENTS.as_bytes();
 
     fn execute(request: &Request<'_>, ack: &Ack<'_>) -> Result {
         let attrs = request.attrs();
@@ -88,12 +112,73 @@ impl Handler for Family {
         })
     }
 
-    fn describe(index: usize, message: &mut Message<'_>) -> Result<bool> {
-        match domain::nth(index) {
-            Some(domain) => put_domain(message, &domain).map(|()| true),
-            None => Ok(false),
+    fn describe(
+        command: u8,
+        attrs: &Attrs<'_>,
+        position: &mut Position,
+        message: &mut Message<'_>,
+        ack: &Ack<'_>,
+    ) -> Result<bool, DumpError> {
+        let only = match attrs.get(attr::DOMAIN) {
+            Some(name) => {
+                let refuse = |refusal: Refusal| {
+                    ack.blame(name);
+                    ack.say(refusal.text.as_bytes());
+                    DumpError::Refused(refusal.error)
+                };
+                let name = Name::new(name.string()).map_err(refuse)?;
+                if *position == Position::default() {
+                    domain::get(&name).map_err(refuse)?;
+                }
+                Some(name)
+            }
+            None => None,
+        };
+        let [domain_id, port_id] = position;
+        while let Some((domain, id)) = domain::from_id(*domain_id) {
+            if *domain_id != id {
+                (*domain_id, *port_id) = (id, 0);
+            }
+            let wanted = only.is_none_or(|name| name == *domain.name());
+            if wanted && command == cmd::DOMAIN_GET {
+                put_domain(message, &domain).map_err(|_| DumpError::Full)?;
+                *domain_id += 1;
+                return Ok(true);
+            }
+            while let Some(port) = domain.port_after(*port_id).filter(|_| wanted) {
+                let written = put_port(message, &port).map_err(|_| DumpError::Full)?;
+                *port_id = port.id();
+                if written {
+                    return Ok(true);
+                }
+            }
+            *domain_id += 1;
         }
+        Ok(false)
     }
+
+    fn closed(socket: Socket) {
+        domain::closed(socket);
+    }
+}
+
+/// Tells listeners about a domain, when `epoch` was open. Process context.
+pub(crate) fn send_event(domain: &Domain, command: u8, epoch: u64) {
+    let view = domain.view();
+    multicast(command, |message| {
+        message.put_string(attr::DOMAIN, domain.name().as_bytes())?;
+        message.put_uint(attr::OPEN_EPOCH, epoch)?;
+        message.put_uint(attr::PACKETS, view.packets)?;
+        message.put_uint(attr::HELD_MEMORY, view.memory)?;
+        message.put_uint(attr::DROPPED, view.dropped)
+    });
+}
+
+/// Tells listeners that the domain with this name is gone. Process context.
+pub(crate) fn send_gone(name: &Name) {
+    multicast(cmd::DOMAIN_GONE, |message| {
+        message.put_string(attr::DOMAIN, name.as_bytes())
+    });
 }
 
 fn run(request: &Request<'_>, attrs: &Attrs<'_>, ack: &Ack<'_>) -> Result<(), Refusal> {
@@ -110,6 +195,7 @@ fn run(request: &Request<'_>, attrs: &Attrs<'_>, ack: &Ack<'_>) -> Result<(), Re
         refusal
     };
     let find = || domain::get(&name).map_err(|r| blame(attr::DOMAIN, r));
+    let sender = request.sender();
     // Before anything is done: whoever gets no answer must be sure that nothing was.
     let reply = request.reply()?;
     match request.command() {
@@ -128,14 +214,14 @@ fn run(request: &Request<'_>, attrs: &Attrs<'_>, ack: &Ack<'_>) -> Result<(), Re
             })?;
             reply.send(|m| put_domain(m, &domain))?;
         }
-        cmd::DOMAIN_DEL => domain::delete(&name).map_err(|r| blame(attr::DOMAIN, r))?,
+        cmd::DOMAIN_DEL => domain::delete(&name, sender).map_err(|r| blame(attr::DOMAIN, r))?,
         cmd::DOMAIN_GET => {
             let domain = find()?;
             reply.send(|m| put_domain(m, &domain))?;
         }
         cmd::EPOCH_SEAL => {
             let domain = find()?;
-            let done = domain.seal(attrs.get(attr::FULL).is_some())?;
+            let done = domain.seal(sender, attrs.get(attr::FULL).is_some())?;
             reply.send(|m| put_done(m, &domain, &done))?;
         }
         command @ (cmd::EPOCH_COMMIT | cmd::EPOCH_ABORT) => {
@@ -146,11 +232,27 @@ fn run(request: &Request<'_>, attrs: &Attrs<'_>, ack: &Ack<'_>) -> Result<(), Re
             let epoch = epoch.number();
             let domain = find()?;
             let done = if command == cmd::EPOCH_COMMIT {
-                domain.commit(epoch)
+                domain.commit(sender, epoch)
             } else {
-                domain.abort(epoch)
+                domain.abort(sender, epoch)
             }
             .map_err(|r| blame(attr::EPOCH, r))?;
+            reply.send(|m| put_done(m, &domain, &done))?;
+        }
+        cmd::DOMAIN_SET => {
+            let domain = find()?;
+            let number = |n| attrs.get(n).map(|a| a.number());
+            domain.set(
+                sender,
+                number(attr::LIMIT_PACKETS),
+                number(attr::LIMIT_BYTES),
+                attrs.get(attr::OWN).is_some(),
+            )?;
+            reply.send(|m| put_domain(m, &domain))?;
+        }
+        cmd::DISCARD => {
+            let domain = find()?;
+            let done = domain.discard(sender)?;
             reply.send(|m| put_done(m, &domain, &done))?;
         }
         _ => return Err(not_supported().into()),
@@ -168,6 +270,15 @@ fn put_domain(message: &mut Message<'_>, domain: &Domain) -> Result {
     message.put_uint(attr::PACKETS, view.packets)?;
     message.put_uint(attr::BYTES, view.bytes)?;
     message.put_uint(attr::DROPPED, view.dropped)?;
+    message.put_uint(attr::HELD_MEMORY, view.memory)?;
+    message.put_uint(attr::LIMIT_PACKETS, view.limit_packets)?;
+    message.put_uint(attr::LIMIT_BYTES, view.limit_bytes)?;
+    if let Some(owner) = view.owner {
+        message.put_uint(attr::OWNER, u64::from(owner))?;
+    }
+    if view.orphaned {
+        message.put_flag(attr::ORPHANED)?;
+    }
     if let Some(ram) = domain.ram() {
         let mut device = [0; 64];
         let (directory, name) = (b"remus/", domain.name().as_bytes());
@@ -181,6 +292,36 @@ fn put_domain(message: &mut Message<'_>, domain: &Domain) -> Result {
         message.put_uint(attr::SNAPSHOT_PAGES, counts.snapshot)?;
     }
     Ok(())
+}
+
+/// False if its device is just going away.
+fn put_port(message: &mut Message<'_>, port: &Port) -> Result<bool> {
+    let Some(label) = port.label() else {
+        return Ok(false);
+    };
+    let (view, (open, committed, sealed)) = (port.view(), port.domain().epochs());
+    message.put_string(attr::DOMAIN, port.domain().name().as_bytes())?;
+    message.put_string(attr::PORT, label.name())?;
+    message.put_uint(attr::IFINDEX, label.ifindex.into())?;
+    message.put_uint(attr::DIRECTION, port.direction().number().into())?;
+    if view.passing {
+        message.put_flag(attr::PASSTHROUGH)?;
+    }
+    message.put_uint(attr::OPEN_EPOCH, open)?;
+    message.put_uint(attr::COMMITTED_EPOCH, committed)?;
+    message.put_uint(attr::SEALED_EPOCHS, sealed)?;
+    message.put_uint(attr::PACKETS, view.held.packets)?;
+    message.put_uint(attr::BYTES, view.held.bytes)?;
+    message.put_uint(attr::HELD_MEMORY, view.memory)?;
+    message.put_uint(attr::LIMIT_PACKETS, view.limits.packets)?;
+    message.put_uint(attr::LIMIT_BYTES, view.limits.bytes)?;
+    message.put_uint(attr::DROPPED, view.drops.total())?;
+    message.put_uint(attr::DROPPED_LIMIT, view.drops.limit)?;
+    message.put_uint(attr::DROPPED_MEMORY, view.drops.memory)?;
+    message.put_uint(attr::DROPPED_DISCARDED, view.drops.discarded)?;
+    message.put_uint(attr::HOLD_LAST_NS, view.hold_last_ns)?;
+    message.put_uint(attr::HOLD_MAX_NS, view.hold_max_ns)?;
+    Ok(true)
 }
 
 fn put_done(message: &mut Message<'_>, domain: &Domain, done: &Done) -> Result {

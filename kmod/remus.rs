@@ -26,6 +26,7 @@ mod core {
 
     pub(crate) mod dirty;
     pub(crate) mod epoch;
+    pub(crate) mod ledger;
     pub(crate) mod uapi;
     pub(crate) mod wire;
 }
@@ -49,17 +50,21 @@ module! {
 struct Remus {
     _family: abi::netlink::Registration<netlink::Family>,
     _qdisc: abi::qdisc::Registration<qdisc::port::Port>,
+    _workqueue: abi::workqueue::Registration,
     _domains: domain::Domains,
 }
 
 impl kernel::Module for Remus {
     fn init(module: &'static ThisModule) -> Result<Self> {
         let domains = domain::Domains::new();
-        let qdisc = abi::qdisc::Registration::new(module)?;
+        let workqueue = abi::workqueue::Registration::new()?;
+        // Before the queue discipline: a domain that goes with its last port says so by the family.
         let family = abi::netlink::Registration::new(module)?;
+        let qdisc = abi::qdisc::Registration::new(module)?;
         Ok(Self {
             _family: family,
             _qdisc: qdisc,
+            _workqueue: workqueue,
             _domains: domains,
         })
     }

@@ -11,6 +11,7 @@ use crate::{
     abi::{
         hook::IngressHook,
         is_net_admin,
+        lock::SoftirqsOff,
         netlink::{
             Ack,
             Attr,
@@ -61,6 +62,7 @@ static POLICY: [Policy; LEN] = {
     policy[tca::DIRECTION as usize] = Policy::U8;
     policy[tca::LIMIT_PACKETS as usize] = Policy::U32;
     policy[tca::LIMIT_BYTES as usize] = Policy::U64;
+    policy[tca::PASSTHROUGH as usize] = Policy::U8;
     policy
 };
 
@@ -71,6 +73,7 @@ struct Options {
     direction: Option<Direction>,
     limit_packets: Option<u64>,
     limit_bytes: Option<u64>,
+    passthrough: Option<bool>,
 }
 
 impl Options {
@@ -103,6 +106,14 @@ impl Options {
                 },
                 limit_packets: number(tca::LIMIT_PACKETS),
                 limit_bytes: number(tca::LIMIT_BYTES),
+                passthrough: match number(tca::PASSTHROUGH) {
+                    None => None,
+                    Some(n @ (0 | 1)) => Some(n == 1),
+                    Some(_) => {
+                        let refusal = refusal!(EINVAL, "passthrough is 0 or 1");
+                        return Err(say(tca::PASSTHROUGH, refusal));
+                    }
+                },
             })
         })
     }
@@ -158,42 +169,54 @@ impl Qdisc for Port {
             Direction::Egress
         });
         let limits = options.limits(Limits::DEFAULT);
-        domain::join(name, |domain| Port::new(domain, direction, limits, waker)).map_err(say)
+        let passing = options.passthrough.unwrap_or(false);
+        domain::join(name, |domain, id| {
+            Port::new(domain, id, direction, limits, passing, waker)
+        })
+        .inspect(|port| port.bypass())
+        .map_err(say)
     }
 
     fn hooks_ingress(&self) -> bool {
         self.direction() == Direction::Guest
     }
 
-    fn change(&self, _: &Control<'_>, options: Option<Attr<'_>>, ack: &Ack<'_>) -> Result {
+    fn change(
+        this: &Arc<Self>,
+        _: &Control<'_>,
+        options: Option<Attr<'_>>,
+        ack: &Ack<'_>,
+    ) -> Result {
         let options = Options::parse(options, ack)?;
         let other = options
             .domain
-            .is_some_and(|name| name != *self.domain().name())
-            || options.direction.is_some_and(|d| d != self.direction());
+            .is_some_and(|name| name != *this.domain().name())
+            || options.direction.is_some_and(|d| d != this.direction());
         if other {
             ack.say(b"domain and direction cannot change: delete the qdisc and add it again");
             return Err(not_supported());
         }
-        self.set_limits(options.limits(self.limits()));
+        if let Some(passing) = options.passthrough {
+            this.domain().set_passing(this, passing).map_err(|r| {
+                ack.say(r.text.as_bytes());
+                r.error
+            })?;
+        }
+        this.set_limits(options.limits(this.limits()));
         Ok(())
     }
 
     fn enqueue(&self, queue: &Queue<'_>, packet: Outgoing<'_>) -> Enqueued {
         match self.direction() {
             Direction::Guest => packet.pass(queue),
-            Direction::Egress => self.hold_outgoing(queue, packet),
+            Direction::Egress => self.take_outgoing(queue, packet),
         }
     }
 
     fn dequeue(&self, queue: &Queue<'_>) -> Option<Packet> {
         match self.direction() {
             Direction::Guest => queue.fifo_dequeue(),
-            Direction::Egress => {
-                let packet = self.next_released()?;
-                queue.sent(&packet);
-                Some(packet)
-            }
+            Direction::Egress => self.next_outgoing(queue),
         }
     }
 
@@ -202,7 +225,7 @@ impl Qdisc for Port {
             // What the guest sent before is still held, by epoch.
             Direction::Guest => queue.fifo_purge(),
             Direction::Egress => {
-                self.discard();
+                self.discard_all();
                 // Nothing of it is in the instance's own queue; this sets the counters to zero.
                 queue.fifo_purge();
             }
@@ -216,24 +239,24 @@ impl Qdisc for Port {
     fn dump(&self, message: &mut Message<'_>) -> Result {
         let limits = self.limits();
         message.put_string(tca::DOMAIN, self.domain().name().as_bytes())?;
-        message.put_u8(
-            tca::DIRECTION,
-            match self.direction() {
-                Direction::Guest => direction::GUEST,
-                Direction::Egress => direction::EGRESS,
-            },
-        )?;
+        message.put_u8(tca::DIRECTION, self.direction().number())?;
         message.put_u32(
             tca::LIMIT_PACKETS,
             u32::try_from(limits.packets).unwrap_or(u32::MAX),
         )?;
-        message.put_u64(tca::LIMIT_BYTES, limits.bytes)
+        message.put_u64(tca::LIMIT_BYTES, limits.bytes)?;
+        message.put_u8(tca::PASSTHROUGH, self.passing().into())
+    }
+
+    type Stats = tca::Stats;
+
+    fn stats(&self) -> tca::Stats {
+        Port::stats(self)
     }
 }
 
 impl IngressHook for Port {
-    fn receive(&self, packet: Packet) -> Option<Packet> {
-        self.hold_incoming(packet);
-        None
+    fn receive(&self, packet: Packet, softirqs: SoftirqsOff<'_>) -> Option<Packet> {
+        self.take_incoming(packet, softirqs)
     }
 }

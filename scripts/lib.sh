@@ -146,6 +146,12 @@ run_tools() {
     qemu_tools
 }
 
+# What the kernel's own tdc wants besides.
+tdc_tools() {
+    run_tools
+    install_packages ethtool python3-pyroute2
+}
+
 lint_tools() {
     build_tools
     install_packages shellcheck

@@ -75,6 +75,14 @@ pub enum Command {
     Commit(Step),
     /// Raw step: fold a sealed epoch and all after it into the open one.
     Abort(Step),
+    /// Raw step: throw away all packets that are not committed; epochs stay as they are.
+    Discard {
+        /// The domain.
+        name: String,
+        /// Print JSON.
+        #[arg(short, long)]
+        json: bool,
+    },
 }
 
 /// Arguments of a raw step.

@@ -189,6 +189,11 @@ pub fn describe(d: &Domain, ports: &[String]) -> String {
         "epochs     {} open, {} sealed, {} committed last",
         d.open_epoch, d.sealed_epochs, d.committed_epoch
     );
+    match d.owner {
+        Some(process) => text += &format!("\nowner      process {process}"),
+        None if d.orphaned => text += "\nowner      gone; all is held until somebody decides",
+        None => {}
+    }
     text
 }
 
@@ -213,6 +218,8 @@ pub enum Step {
     Commit(Option<u64>),
     /// Abort an epoch and all after it; the oldest sealed one if none is named.
     Abort(Option<u64>),
+    /// Throw all packets away that are not committed.
+    Discard,
 }
 
 /// Does one step and says what it did.
@@ -222,6 +229,17 @@ pub fn step(name: &str, step: Step, as_json: bool) -> Result<()> {
         Step::Seal { full } => ("sealed", kernel.seal(name, full)?),
         Step::Commit(Some(epoch)) => ("committed", kernel.commit(name, epoch)?),
         Step::Abort(Some(epoch)) => ("aborted", kernel.abort(name, epoch)?),
+        Step::Discard => {
+            let done = kernel.discard(name)?;
+            if as_json {
+                return print_json(&done);
+            }
+            print(&format!(
+                "discarded {} packets, {} bytes of {}",
+                done.packets, done.bytes, done.domain
+            ));
+            return Ok(());
+        }
         Step::Commit(None) => {
             let domain = sealed(&mut kernel, name)?;
             let done = first_sealed(newest_first(&domain), |e| kernel.commit(name, e))?;

@@ -38,6 +38,11 @@ pub struct Domain {
     pub snapshot_pages: u64,
     /// Number of ports.
     pub ports: u64,
+    /// Process that alone may drive it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub owner: Option<u64>,
+    /// Its last owner has gone; all is held until somebody decides.
+    pub orphaned: bool,
 }
 
 /// What a seal, commit or abort did.

@@ -8,7 +8,7 @@
 //! | command | here |
 //! |---|---|
 //! | `doctor` | [`doctor`] |
-//! | `domain`, `seal`, `commit`, `abort` | [`domain`], on [`netlink`] and [`link`] |
+//! | `domain`, `seal`, `commit`, `abort`, `discard` | [`domain`], on [`netlink`] and [`link`] |
 //! | `protect` | [`primary`] gathers, [`protect`] is the loop |
 //! | `standby` | [`secondary`] gathers, [`standby`] receives, [`takeover`] resumes |
 //! | `status` | [`status`], from [`netlink`] and [`live`] |
@@ -85,6 +85,7 @@ fn run(cli: &Cli) -> Result<u8> {
         }
         Command::Commit(s) => domain::step(&s.name, Step::Commit(s.epoch), s.json)?,
         Command::Abort(s) => domain::step(&s.name, Step::Abort(s.epoch), s.json)?,
+        Command::Discard { name, json } => domain::step(name, Step::Discard, *json)?,
     }
     Ok(0)
 }

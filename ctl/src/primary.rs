@@ -97,6 +97,8 @@ pub fn protect(args: &Protect, run_dir: &Path) -> Result<u8> {
     // The link has it; when that is gone it is closed.
     drop(stream);
     let stop = signals::stop_flag()?;
+    // For as long as this process drives it.
+    sealer.own(&args.name)?;
     if domain::abort_all(&mut committer, &args.name)
         .context("cannot tidy up after an earlier run")?
     {

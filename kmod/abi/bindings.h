@@ -15,18 +15,15 @@
 #include <linux/netlink.h>
 #include <linux/rmap.h>
 #include <linux/skbuff.h>
+#include <linux/workqueue.h>
+#include <net/gen_stats.h>
 #include <net/genetlink.h>
 #include <net/pkt_sched.h>
 #include <net/sch_generic.h>
 
-/* A chain of packets linked through ->next, owned by whoever holds the pointer. */
+/* Macros that bindgen cannot evaluate. */
+static const u8 REMUS_MCAST_CAP_NET_ADMIN = GENL_MCAST_CAP_NET_ADMIN;
 
-struct sk_buff *remus_skb_next(const struct sk_buff *skb);
-void remus_skb_set_next(struct sk_buff *skb, struct sk_buff *next);
-u64 remus_skb_epoch(const struct sk_buff *skb);
-void remus_skb_set_epoch(struct sk_buff *skb, u64 epoch);
-unsigned int remus_skb_len(const struct sk_buff *skb);
-unsigned int remus_skb_truesize(const struct sk_buff *skb);
 bool remus_skb_detach(struct sk_buff *skb);
 void remus_skb_free(struct sk_buff *skb);
 void remus_skb_receive(struct sk_buff *first);
@@ -37,21 +34,32 @@ struct sk_buff *remus_qdisc_peek(struct Qdisc *sch);
 int remus_qdisc_fifo_enqueue(struct sk_buff *skb, struct Qdisc *sch, struct sk_buff **to_free);
 struct sk_buff *remus_qdisc_fifo_dequeue(struct Qdisc *sch);
 void remus_qdisc_fifo_purge(struct Qdisc *sch);
-void remus_qdisc_held(struct Qdisc *sch, const struct sk_buff *skb);
 void remus_qdisc_sent(struct Qdisc *sch, const struct sk_buff *skb);
+void remus_qdisc_forgotten(struct Qdisc *sch, const struct sk_buff *skb);
+void remus_qdisc_lock(struct Qdisc *sch);
+void remus_qdisc_unlock(struct Qdisc *sch);
 void remus_qdisc_wake(struct Qdisc *sch);
+void remus_qdisc_settle(struct Qdisc *sch);
 int remus_qdisc_drop(struct sk_buff *skb, struct Qdisc *sch, struct sk_buff **to_free);
 
 const char *remus_dev_name(const struct net_device *dev);
 struct net *remus_dev_net(const struct net_device *dev);
 bool remus_dev_is_guest(const struct net_device *dev);
+void remus_dev_copy_name(const struct net_device *dev, char *name);
+int remus_dev_ifindex(const struct net_device *dev);
+
+struct workqueue_struct *remus_workqueue_new(void);
 
 void remus_spin_lock_bh(spinlock_t *lock);
-int remus_spin_trylock_bh(spinlock_t *lock);
+void remus_spin_lock(spinlock_t *lock);
+void remus_spin_unlock(spinlock_t *lock);
 void remus_spin_unlock_bh(spinlock_t *lock);
 
-struct sk_buff *remus_genl_reply_new(struct genl_info *info, u8 cmd, void **header);
+struct sk_buff *remus_genl_new(const struct genl_family *family, u32 portid, u32 seq, u8 cmd, void **header);
 int remus_genl_reply(struct sk_buff *msg, void *header, struct genl_info *info);
+void remus_genl_event_send(const struct genl_family *family, struct sk_buff *msg, void *header, unsigned int group);
+const struct genl_info *remus_genl_dump_info(struct netlink_callback *cb);
+struct net *remus_genl_net(const struct genl_info *info);
 void *remus_genl_dump_begin(struct sk_buff *msg, struct netlink_callback *cb);
 void remus_genl_dump_end(struct sk_buff *msg, void *header);
 void remus_genl_dump_cancel(struct sk_buff *msg, void *header);

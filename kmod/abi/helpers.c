@@ -10,54 +10,11 @@
 #include <linux/highmem.h>
 #include <linux/if_arp.h>
 #include <linux/pagemap.h>
+#include <linux/user_namespace.h>
 #include <net/netlink.h>
 #include <net/rtnetlink.h>
 
 /* The kernel has no prototypes for what only Rust calls; bindings.h has. */
-
-/* Where a held packet keeps its epoch: the qdisc's part of ->cb, free on ingress too. */
-struct remus_skb_cb {
-	u64 epoch;
-};
-
-static struct remus_skb_cb *remus_cb(const struct sk_buff *skb)
-{
-	qdisc_cb_private_validate(skb, sizeof(struct remus_skb_cb));
-	return (struct remus_skb_cb *)qdisc_skb_cb(skb)->data;
-}
-
-struct sk_buff *remus_skb_next(const struct sk_buff *skb)
-{
-	return skb->next;
-}
-
-void remus_skb_set_next(struct sk_buff *skb, struct sk_buff *next)
-{
-	if (next)
-		skb->next = next;
-	else
-		skb_mark_not_on_list(skb);
-}
-
-u64 remus_skb_epoch(const struct sk_buff *skb)
-{
-	return remus_cb(skb)->epoch;
-}
-
-void remus_skb_set_epoch(struct sk_buff *skb, u64 epoch)
-{
-	remus_cb(skb)->epoch = epoch;
-}
-
-unsigned int remus_skb_len(const struct sk_buff *skb)
-{
-	return skb->len;
-}
-
-unsigned int remus_skb_truesize(const struct sk_buff *skb)
-{
-	return skb->truesize;
-}
 
 /*
  * Make a received packet independent of its sender, so that it can be held for any time: no socket
@@ -92,6 +49,12 @@ void remus_skb_receive(struct sk_buff *first)
 		first = skb->next;
 		skb_mark_not_on_list(skb);
 		skb->tc_skip_classify = 1;
+		/*
+		 * Generic XDP has seen it, too. What keeps it from running again is kept from it on
+		 * devices further on as well, so not without need.
+		 */
+		if (rcu_access_pointer(skb->dev->xdp_prog))
+			skb_set_redirected_noclear(skb, false);
 		list_add_tail(&skb->list, &list);
 	}
 	local_bh_disable();
@@ -134,14 +97,7 @@ void remus_qdisc_fifo_purge(struct Qdisc *sch)
 	__qdisc_reset_queue(&sch->q);
 }
 
-/* Account for a packet that the qdisc keeps in a queue of its own. */
-void remus_qdisc_held(struct Qdisc *sch, const struct sk_buff *skb)
-{
-	sch->q.qlen++;
-	qdisc_qstats_backlog_inc(sch, skb);
-}
-
-/* The reverse, for a packet that dequeue returns. */
+/* Account for a packet that was held, and that dequeue returns. */
 void remus_qdisc_sent(struct Qdisc *sch, const struct sk_buff *skb)
 {
 	sch->q.qlen--;
@@ -149,12 +105,45 @@ void remus_qdisc_sent(struct Qdisc *sch, const struct sk_buff *skb)
 	qdisc_bstats_update(sch, skb);
 }
 
-/* Have the device dequeue. Process context; it has happened when this returns. */
+/* The same for a packet that is dropped instead. */
+void remus_qdisc_forgotten(struct Qdisc *sch, const struct sk_buff *skb)
+{
+	sch->q.qlen--;
+	qdisc_qstats_backlog_dec(sch, skb);
+	qdisc_qstats_drop(sch);
+}
+
+void remus_qdisc_lock(struct Qdisc *sch)
+{
+	spin_lock_bh(qdisc_lock(sch));
+}
+
+void remus_qdisc_unlock(struct Qdisc *sch)
+{
+	spin_unlock_bh(qdisc_lock(sch));
+}
+
+/*
+ * Have the device dequeue: here, as far as softirqs go before they leave the rest to ksoftirqd. Process
+ * context.
+ */
 void remus_qdisc_wake(struct Qdisc *sch)
 {
 	local_bh_disable();
 	__netif_schedule(sch);
 	local_bh_enable();
+}
+
+/*
+ * Wait until no softirq has the qdisc any more that remus_qdisc_wake() scheduled, and that nobody
+ * schedules again. net_tx_action() takes the root lock before it clears the bit. May sleep.
+ */
+void remus_qdisc_settle(struct Qdisc *sch)
+{
+	while (test_bit(__QDISC_STATE_SCHED, &sch->state))
+		schedule_timeout_uninterruptible(1);
+	spin_lock_bh(qdisc_lock(sch));
+	spin_unlock_bh(qdisc_lock(sch));
 }
 
 int remus_qdisc_drop(struct sk_buff *skb, struct Qdisc *sch, struct sk_buff **to_free)
@@ -182,14 +171,36 @@ bool remus_dev_is_guest(const struct net_device *dev)
 	return parent && parent->bus && !strcmp(parent->bus->name, "xen-backend");
 }
 
+/* Without the RTNL: while the device is being renamed, part of the name may be the old one's. */
+void remus_dev_copy_name(const struct net_device *dev, char *name)
+{
+	strscpy(name, dev->name, IFNAMSIZ);
+}
+
+int remus_dev_ifindex(const struct net_device *dev)
+{
+	return dev->ifindex;
+}
+
+/* Not per CPU, and not of high priority: who commits goes on at once, and another CPU delivers. */
+struct workqueue_struct *remus_workqueue_new(void)
+{
+	return alloc_workqueue("remus", WQ_UNBOUND, 0);
+}
+
 void remus_spin_lock_bh(spinlock_t *lock)
 {
 	spin_lock_bh(lock);
 }
 
-int remus_spin_trylock_bh(spinlock_t *lock)
+void remus_spin_lock(spinlock_t *lock)
 {
-	return spin_trylock_bh(lock);
+	spin_lock(lock);
+}
+
+void remus_spin_unlock(spinlock_t *lock)
+{
+	spin_unlock(lock);
 }
 
 void remus_spin_unlock_bh(spinlock_t *lock)
@@ -197,13 +208,14 @@ void remus_spin_unlock_bh(spinlock_t *lock)
 	spin_unlock_bh(lock);
 }
 
-struct sk_buff *remus_genl_reply_new(struct genl_info *info, u8 cmd, void **header)
+/* An answer to portid and seq, or an event, for which both are 0. */
+struct sk_buff *remus_genl_new(const struct genl_family *family, u32 portid, u32 seq, u8 cmd, void **header)
 {
 	struct sk_buff *msg = genlmsg_new(GENLMSG_DEFAULT_SIZE, GFP_KERNEL);
 
 	if (!msg)
 		return NULL;
-	*header = genlmsg_put_reply(msg, info, info->family, 0, cmd);
+	*header = genlmsg_put(msg, portid, seq, family, 0, cmd);
 	if (!*header) {
 		nlmsg_free(msg);
 		return NULL;
@@ -216,6 +228,39 @@ int remus_genl_reply(struct sk_buff *msg, void *header, struct genl_info *info)
 {
 	genlmsg_end(msg, header);
 	return genlmsg_reply(msg, info);
+}
+
+/*
+ * Send an event to the listeners in all network namespaces of the host's administrator: a container
+ * that has a user namespace of its own is not told about the host's domains. Consumes msg.
+ */
+void remus_genl_event_send(const struct genl_family *family, struct sk_buff *msg, void *header, unsigned int group)
+{
+	struct net *net;
+
+	genlmsg_end(msg, header);
+	rcu_read_lock();
+	for_each_net_rcu(net) {
+		struct sk_buff *copy;
+
+		if (net->user_ns != &init_user_ns || genl_has_listeners(family, net, group) <= 0)
+			continue;
+		copy = skb_clone(msg, GFP_ATOMIC);
+		if (copy)
+			genlmsg_multicast_netns(family, net, copy, 0, group, GFP_ATOMIC);
+	}
+	rcu_read_unlock();
+	nlmsg_free(msg);
+}
+
+const struct genl_info *remus_genl_dump_info(struct netlink_callback *cb)
+{
+	return genl_info_dump(cb);
+}
+
+struct net *remus_genl_net(const struct genl_info *info)
+{
+	return genl_info_net(info);
 }
 
 void *remus_genl_dump_begin(struct sk_buff *msg, struct netlink_callback *cb)

@@ -8,6 +8,7 @@
 
 use super::{
     bindings,
+    lock::SoftirqsOff,
     netdev::Device,
     skb::Packet,
     AssertSync,
@@ -30,7 +31,7 @@ pub(crate) trait IngressHook: Send + Sync + 'static {
     ///
     /// Softirq context, or process context with softirqs off; several processors at once. Returns
     /// the packet to let it pass, or `None` after taking it.
-    fn receive(&self, packet: Packet) -> Option<Packet>;
+    fn receive(&self, packet: Packet, softirqs: SoftirqsOff<'_>) -> Option<Packet>;
 }
 
 /// A hook that is registered; it is removed when this is dropped.
@@ -96,7 +97,10 @@ impl<T: IngressHook> Registration<T> {
         };
         // SAFETY: Netfilter gives the packet to the hook until it says NF_ACCEPT; it is on no list,
         // and on ingress the control block is free for each hook to use.
-        match hook.receive(unsafe { Packet::from_raw(skb) }) {
+        let packet = unsafe { Packet::from_raw(skb) };
+        // SAFETY: Ingress hooks are called by `__netif_receive_skb_core()`, which runs in a softirq, or in
+        // process context with softirqs off (as a tap does for what its user writes).
+        match hook.receive(packet, unsafe { SoftirqsOff::new() }) {
             Some(packet) => {
                 packet.into_raw();
                 bindings::NF_ACCEPT

@@ -5,53 +5,128 @@
 //! C header: [`include/linux/spinlock.h`](srctree/include/linux/spinlock.h)
 
 use super::bindings;
-use kernel::{
-    ffi::{
-        c_char, //
+use core::{
+    cell::UnsafeCell,
+    marker::{
+        PhantomData,
+        PhantomPinned, //
     },
-    sync::lock::{
-        Backend,
-        Lock, //
+    ops::{
+        Deref,
+        DerefMut, //
     },
 };
+use kernel::{
+    prelude::*,
+    str::CStr,
+    sync::LockClassKey,
+    types::{
+        NotThreadSafe,
+        Opaque, //
+    },
+};
+
+/// Proof that softirqs are off on this processor, for `'a`.
+///
+/// # Invariants
+///
+/// They are.
+#[derive(Clone, Copy)]
+pub(crate) struct SoftirqsOff<'a>(PhantomData<&'a ()>, NotThreadSafe);
+
+impl SoftirqsOff<'_> {
+    /// # Safety
+    ///
+    /// Softirqs are off, as in a softirq or with a `_bh` lock held, for the lifetime of the result.
+    pub(super) unsafe fn new() -> Self {
+        // INVARIANT: By the safety requirements.
+        Self(PhantomData, NotThreadSafe)
+    }
+}
 
 /// A spin lock whose holder cannot be interrupted by a softirq of its processor.
 ///
 /// Not for hard interrupts.
-pub(crate) type SpinLockBh<T> = Lock<T, SpinLockBhBackend>;
+#[pin_data]
+pub(crate) struct SpinLockBh<T> {
+    #[pin]
+    lock: Opaque<bindings::spinlock_t>,
+    #[pin]
+    _pin: PhantomPinned,
+    data: UnsafeCell<T>,
+}
 
-/// The lock backend of `spin_lock_bh()`.
-pub(crate) struct SpinLockBhBackend;
+// SAFETY: The lock lets one thread at a time use the data, which may be sent to it.
+unsafe impl<T: Send> Sync for SpinLockBh<T> {}
+// SAFETY: Nothing in it belongs to a thread.
+unsafe impl<T: Send> Send for SpinLockBh<T> {}
 
-// SAFETY: The underlying `spinlock_t` ensures mutual exclusion, and `relock` uses the default
-// implementation, which calls the same method.
-unsafe impl Backend for SpinLockBhBackend {
-    type State = bindings::spinlock_t;
-    type GuardState = ();
-
-    unsafe fn init(ptr: *mut Self::State, name: *const c_char, key: *mut bindings::lock_class_key) {
-        // SAFETY: `ptr` is valid for writes, and `name` and `key` are valid for read indefinitely,
-        // by the safety requirements of this function.
-        unsafe { bindings::__spin_lock_init(ptr, name, key) }
+impl<T> SpinLockBh<T> {
+    /// A lock around `data`.
+    pub(crate) fn new(
+        data: T,
+        name: &'static CStr,
+        key: Pin<&'static LockClassKey>,
+    ) -> impl PinInit<Self> {
+        pin_init!(Self {
+            // SAFETY: The lock is ours to initialise; name and key live for ever.
+            lock <- Opaque::ffi_init(|slot| unsafe {
+                bindings::__spin_lock_init(slot, name.as_char_ptr(), key.as_ptr())
+            }),
+            _pin: PhantomPinned,
+            data: UnsafeCell::new(data),
+        })
     }
 
-    unsafe fn lock(ptr: *mut Self::State) -> Self::GuardState {
-        // SAFETY: `ptr` points to an initialised lock by the safety requirements.
-        unsafe { bindings::remus_spin_lock_bh(ptr) }
+    /// Locks. Process context.
+    pub(crate) fn lock(&self) -> Guard<'_, T, true> {
+        // SAFETY: Initialised by `new`.
+        unsafe { bindings::remus_spin_lock_bh(self.lock.get()) };
+        // INVARIANT: Just locked, with softirqs off.
+        Guard(self, NotThreadSafe)
     }
 
-    unsafe fn unlock(ptr: *mut Self::State, _guard_state: &Self::GuardState) {
-        // SAFETY: The caller owns the lock by the safety requirements.
-        unsafe { bindings::remus_spin_unlock_bh(ptr) }
+    /// Locks where softirqs are off already, which is cheaper.
+    pub(crate) fn lock_softirq<'a>(&'a self, _: SoftirqsOff<'a>) -> Guard<'a, T, false> {
+        // SAFETY: Initialised by `new`; softirqs are off, so none can ask for it on this processor.
+        unsafe { bindings::remus_spin_lock(self.lock.get()) };
+        // INVARIANT: Just locked.
+        Guard(self, NotThreadSafe)
     }
+}
 
-    unsafe fn try_lock(ptr: *mut Self::State) -> Option<Self::GuardState> {
-        // SAFETY: `ptr` points to an initialised lock by the safety requirements.
-        (unsafe { bindings::remus_spin_trylock_bh(ptr) } != 0).then_some(())
+/// What is locked; unlocked when this is dropped.
+///
+/// # Invariants
+///
+/// The lock is held, and if `BH`, so that softirqs go on when it is unlocked.
+pub(crate) struct Guard<'a, T, const BH: bool>(&'a SpinLockBh<T>, NotThreadSafe);
+
+impl<T, const BH: bool> Deref for Guard<'_, T, BH> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        // SAFETY: The lock is held by the type invariant.
+        unsafe { &*self.0.data.get() }
     }
+}
 
-    unsafe fn assert_is_held(ptr: *mut Self::State) {
-        // SAFETY: `ptr` points to an initialised lock by the safety requirements.
-        unsafe { bindings::spin_assert_is_held(ptr) }
+impl<T, const BH: bool> DerefMut for Guard<'_, T, BH> {
+    fn deref_mut(&mut self) -> &mut T {
+        // SAFETY: The lock is held by the type invariant.
+        unsafe { &mut *self.0.data.get() }
+    }
+}
+
+impl<T, const BH: bool> Drop for Guard<'_, T, BH> {
+    fn drop(&mut self) {
+        // SAFETY: The lock is held in this way by the type invariant.
+        unsafe {
+            if BH {
+                bindings::remus_spin_unlock_bh(self.0.lock.get());
+            } else {
+                bindings::remus_spin_unlock(self.0.lock.get());
+            }
+        }
     }
 }

@@ -15,6 +15,7 @@
 //! | `netlink.rs` | attributes, policies, extended acknowledgements, generic netlink families |
 //! | `page.rs` | pages that user space may map |
 //! | `ramdev.rs` | a character device whose mappings track writes |
+//! | `workqueue.rs` | the module's own work queue |
 
 mod bindings;
 pub(crate) mod hook;
@@ -25,6 +26,7 @@ pub(crate) mod page;
 pub(crate) mod qdisc;
 pub(crate) mod ramdev;
 pub(crate) mod skb;
+pub(crate) mod workqueue;
 
 use kernel::error::Error;
 
@@ -61,7 +63,8 @@ macro_rules! plain {
         $(unsafe impl Plain for bindings::$name {})*
     };
 }
-plain!(Qdisc_ops genl_family genl_ops miscdevice file_operations nf_hook_ops nla_policy vm_operations_struct);
+plain!(Qdisc_ops genl_family genl_ops genl_multicast_group notifier_block miscdevice file_operations nf_hook_ops nla_policy
+    vm_operations_struct);
 
 /// `EOPNOTSUPP`, which `kernel::error::code` lacks.
 pub(crate) fn not_supported() -> Error {

@@ -54,3 +54,33 @@ impl<'a> Device<'a> {
         unsafe { bindings::remus_dev_is_guest(self.0.as_ptr()) }
     }
 }
+
+/// How a device is called, at the moment of asking.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Label {
+    name: [u8; 16],
+    /// Its index in its namespace.
+    pub(crate) ifindex: u32,
+}
+
+impl Label {
+    /// Asks a device.
+    ///
+    /// # Safety
+    ///
+    /// `dev` points to a valid device.
+    pub(super) unsafe fn of(dev: *const bindings::net_device) -> Self {
+        let mut label = Self::default();
+        // SAFETY: The device is valid; the array has the length of a device's name.
+        unsafe {
+            bindings::remus_dev_copy_name(dev, label.name.as_mut_ptr().cast());
+            label.ifindex = bindings::remus_dev_ifindex(dev) as u32;
+        }
+        label
+    }
+
+    /// Its name, in bytes that need not be UTF-8.
+    pub(crate) fn name(&self) -> &[u8] {
+        self.name.split(|&b| b == 0).next().unwrap_or(&self.name)
+    }
+}

@@ -3,7 +3,7 @@
 //! Netlink: attributes, their policies, extended acknowledgements, messages, and generic netlink
 //! families.
 //!
-//! To offer a family, implement [`Handler`] and keep a [`Registration`].
+//! To offer a family, implement [`Handler`] and keep a [`Registration`]; [`multicast`] sends events.
 //!
 //! C headers: [`include/net/netlink.h`](srctree/include/net/netlink.h),
 //! [`include/net/genetlink.h`](srctree/include/net/genetlink.h)
@@ -26,9 +26,23 @@ use core::{
 };
 use kernel::{
     error::to_result,
-    ffi::c_int,
-    prelude::*, //
+    ffi::{
+        c_int,
+        c_long,
+        c_ulong,
+        c_void, //
+    },
+    prelude::*,
+    sync::atomic::{
+        Atomic,
+        Relaxed, //
+    }, //
 };
+
+kernel::sync::global_lock! {
+    // SAFETY: Initialised by `Registration::new`, before there is a family.
+    unsafe(uninit) static FAMILY: Mutex<Option<AssertSync<NonNull<bindings::genl_family>>>> = None;
+}
 
 /// What an attribute must look like: [`struct nla_policy`].
 ///
@@ -56,11 +70,6 @@ impl Policy {
     /// A NUL-terminated string of at most `max` bytes.
     pub(crate) const fn string(max: u16) -> Self {
         Self::new(bindings::NLA_NUL_STRING, max)
-    }
-
-    /// The same policy again.
-    pub(crate) const fn copied(&self) -> Self {
-        Self::new(self.0.type_ as u32, self.0.len)
     }
 
     const fn new(kind: u32, len: u16) -> Self {
@@ -274,6 +283,11 @@ impl Message<'_> {
         self.put(number, &content[..len + 1])
     }
 
+    /// Appends an attribute without content.
+    pub(crate) fn put_flag(&mut self, number: u16) -> Result {
+        self.put(number, &[])
+    }
+
     /// Appends a nest with what `f` writes.
     pub(crate) fn put_nest(&mut self, number: u16, f: impl FnOnce(&mut Self) -> Result) -> Result {
         // SAFETY: The message is valid by the type invariant.
@@ -294,9 +308,32 @@ pub(crate) struct Command {
     pub(crate) number: u8,
     /// What its attributes must look like, one entry for each number from 0 on.
     pub(crate) policy: &'static [Policy],
-    /// Whether it can be asked for a dump too.
+    /// Whether it can be asked for one object.
+    pub(crate) one: bool,
+    /// Whether it can be asked for a dump.
     pub(crate) dump: bool,
 }
+
+/// A netlink socket. As long as it is open no other one equals it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Socket {
+    /// Identifies the network namespace: never used as a pointer.
+    net: usize,
+    /// Its netlink port number in that namespace.
+    port: u32,
+}
+
+/// Who sent a request.
+#[derive(Clone, Copy)]
+pub(crate) struct Sender {
+    /// The socket.
+    pub(crate) socket: Socket,
+    /// The process, by its number in the initial namespace.
+    pub(crate) process: i32,
+}
+
+/// How far a dump has come; zeros at its beginning.
+pub(crate) type Position = [u64; 2];
 
 /// A generic netlink family. Every command needs `CAP_NET_ADMIN` in the initial user namespace.
 pub(crate) trait Handler: Send + Sync + 'static {
@@ -306,15 +343,35 @@ pub(crate) trait Handler: Send + Sync + 'static {
     const VERSION: u8;
     /// Its commands, at most 16.
     const COMMANDS: &'static [Command];
+    /// Name of the multicast group of its events, at most 15 bytes.
+    const EVENTS: &'static [u8];
 
     /// Executes a command. Process context. The kernel has checked the attributes against the
     /// command's policy. Either it is done and replied to, or nothing has changed and `ack` says
     /// why.
     fn execute(request: &Request<'_>, ack: &Ack<'_>) -> Result;
 
-    /// Writes the object with this index, in an order that does not change, to a dump. Process
-    /// context. Returns false after the last one.
-    fn describe(index: usize, message: &mut Message<'_>) -> Result<bool>;
+    /// Writes the first object after `position` to a dump, and moves `position` there. Process context.
+    /// Returns false after the last one. Objects may come and go meanwhile: one that stays is written
+    /// once.
+    fn describe(
+        command: u8,
+        attrs: &Attrs<'_>,
+        position: &mut Position,
+        message: &mut Message<'_>,
+        ack: &Ack<'_>,
+    ) -> Result<bool, DumpError>;
+
+    /// A socket of generic netlink was closed. Process context.
+    fn closed(socket: Socket);
+}
+
+/// Why an object is not in the message.
+pub(crate) enum DumpError {
+    /// The message is full.
+    Full,
+    /// The dump is refused.
+    Refused(Error),
 }
 
 /// A request for a command.
@@ -343,12 +400,30 @@ impl<'a> Request<'a> {
         }
     }
 
+    /// Who sent it: netlink calls in the context of the sender.
+    pub(crate) fn sender(&self) -> Sender {
+        // SAFETY: Valid by the type invariant.
+        let socket = unsafe {
+            Socket {
+                net: bindings::remus_genl_net(self.0.as_ptr()).addr(),
+                port: (*self.0.as_ptr()).snd_portid,
+            }
+        };
+        Sender {
+            socket,
+            process: kernel::current!().group_leader().pid(),
+        }
+    }
+
     /// Prepares the answer. To be called before anything is changed, as this can fail.
     pub(crate) fn reply(&self) -> Result<Reply<'_>> {
         let mut header = null_mut();
-        // SAFETY: The request is valid by the type invariant.
-        let skb =
-            unsafe { bindings::remus_genl_reply_new(self.0.as_ptr(), self.command(), &mut header) };
+        let (info, command) = (self.0.as_ptr(), self.command());
+        // SAFETY: The request is valid by the type invariant, and so is the family that it is for.
+        let skb = unsafe {
+            let (family, port, sequence) = ((*info).family, (*info).snd_portid, (*info).snd_seq);
+            bindings::remus_genl_new(family, port, sequence, command, &mut header)
+        };
         let skb = NonNull::new(skb).ok_or(ENOMEM)?;
         // INVARIANT: A new message, with the header of this request's answer.
         Ok(Reply {
@@ -367,7 +442,7 @@ impl<'a> Request<'a> {
 /// Owns `skb`, a message that `header` is in; `info` is the request that it answers.
 pub(crate) struct Reply<'a> {
     skb: NonNull<bindings::sk_buff>,
-    header: *mut kernel::ffi::c_void,
+    header: *mut c_void,
     info: NonNull<bindings::genl_info>,
     _request: PhantomData<&'a ()>,
 }
@@ -392,41 +467,87 @@ impl Drop for Reply<'_> {
     }
 }
 
+/// Whether a socket has ever joined the group. (Counting them would need to know which leave that never
+/// were in it.)
+static LISTENED: Atomic<bool> = Atomic::new(false);
+
+/// Whether anybody may listen to the registered family's group. Any context.
+pub(crate) fn may_have_listeners() -> bool {
+    LISTENED.load(Relaxed)
+}
+
+/// Sends an event of the registered family to the listeners of its multicast group, with what `f`
+/// writes. Process context. An event for which there is no memory is lost, as it is for a listener that
+/// does not read.
+pub(crate) fn multicast(command: u8, f: impl FnOnce(&mut Message<'_>) -> Result) {
+    let family = FAMILY.lock();
+    let Some(family) = &*family else {
+        return;
+    };
+    let (family, mut header) = (family.0.as_ptr(), null_mut());
+    // SAFETY: The family stays registered while the lock is held.
+    let skb = unsafe { bindings::remus_genl_new(family, 0, 0, command, &mut header) };
+    let Some(skb) = NonNull::new(skb) else {
+        return;
+    };
+    // SAFETY: Just created, and ours.
+    if f(&mut unsafe { Message::from_raw(skb) }).is_err() {
+        // SAFETY: As above.
+        unsafe { bindings::remus_nlmsg_free(skb.as_ptr()) };
+        return;
+    }
+    // SAFETY: As above; complete, and given away. The family has one group.
+    unsafe { bindings::remus_genl_event_send(family, skb.as_ptr(), header, 0) };
+}
+
 const MAX_COMMANDS: usize = 16;
 
 /// What the kernel keeps pointers to while a family is registered.
 struct Tables {
     family: bindings::genl_family,
     ops: [bindings::genl_ops; MAX_COMMANDS],
+    group: bindings::genl_multicast_group,
+    notifier: bindings::notifier_block,
 }
 
 /// A family that is registered; it is removed when this is dropped.
 ///
 /// # Invariants
 ///
-/// `tables.family` is registered, and its `ops` points to `tables.ops`.
+/// `tables.family` is registered, with its `ops` and `mcgrps` in `tables`, and so is `tables.notifier`.
 pub(crate) struct Registration<T: Handler> {
     tables: KBox<AssertSync<Tables>>,
     _handler: PhantomData<T>,
 }
 
 impl<T: Handler> Registration<T> {
-    /// Registers the family. Process context.
+    /// Registers the family. Process context; once, from the module's `init`.
     pub(crate) fn new(module: &'static ThisModule) -> Result<Self> {
+        // SAFETY: Called once.
+        unsafe { FAMILY.init() };
         let mut tables: KBox<AssertSync<Tables>> = KBox::new(
             AssertSync(Tables {
                 family: Plain::ZERO,
                 ops: [const { Plain::ZERO }; MAX_COMMANDS],
+                group: Plain::ZERO,
+                notifier: Plain::ZERO,
             }),
             GFP_KERNEL,
         )?;
-        let Tables { family, ops } = &mut tables.0;
+        let Tables {
+            family,
+            ops,
+            group,
+            notifier,
+        } = &mut tables.0;
         for (op, command) in ops.iter_mut().zip(T::COMMANDS) {
             op.cmd = command.number;
             op.flags = bindings::GENL_ADMIN_PERM as u8;
             op.policy = command.policy.as_ptr().cast();
             op.maxattr = command.policy.len() as u32 - 1;
-            op.doit = Some(Self::doit);
+            if command.one {
+                op.doit = Some(Self::doit);
+            }
             if command.dump {
                 op.dumpit = Some(Self::dumpit);
             }
@@ -439,14 +560,52 @@ impl<T: Handler> Registration<T> {
         family.n_ops = T::COMMANDS.len().min(MAX_COMMANDS) as u8;
         family.resv_start_op = 1;
         family.ops = ops.as_ptr();
+        put_name(&mut group.name, T::EVENTS);
+        group.flags = bindings::REMUS_MCAST_CAP_NET_ADMIN;
+        family.mcgrps = group;
+        family.n_mcgrps = 1;
+        family.bind = Some(Self::bind);
         // SAFETY: The family is complete, and stays where it is, on the heap, until `drop`
         // unregisters it. `maxattr` of each operation is that of its policy.
         to_result(unsafe { bindings::genl_register_family(family) })?;
+        *FAMILY.lock() = Some(AssertSync(NonNull::from(&mut *family)));
+        notifier.notifier_call = Some(Self::notify);
+        // SAFETY: The notifier stays where it is until `drop`. This cannot fail.
+        unsafe { bindings::netlink_register_notifier(notifier) };
         // INVARIANT: Just registered.
         Ok(Self {
             tables,
             _handler: PhantomData,
         })
+    }
+
+    /// # Safety
+    ///
+    /// Called by generic netlink as a socket joins the group.
+    unsafe extern "C" fn bind(_group: c_int) -> c_int {
+        LISTENED.store(true, Relaxed);
+        0
+    }
+
+    /// # Safety
+    ///
+    /// Called by netlink for a registered notifier.
+    unsafe extern "C" fn notify(
+        _block: *mut bindings::notifier_block,
+        event: c_ulong,
+        data: *mut c_void,
+    ) -> c_int {
+        // SAFETY: This event comes with this structure, valid during the call.
+        let notify = unsafe { &*data.cast::<bindings::netlink_notify>() };
+        if event == bindings::NETLINK_URELEASE as c_ulong
+            && notify.protocol == bindings::NETLINK_GENERIC as c_int
+        {
+            T::closed(Socket {
+                net: notify.net.addr(),
+                port: notify.portid,
+            });
+        }
+        0 // NOTIFY_DONE
     }
 
     /// # Safety
@@ -479,36 +638,58 @@ impl<T: Handler> Registration<T> {
         skb: *mut bindings::sk_buff,
         cb: *mut bindings::netlink_callback,
     ) -> c_int {
-        // SAFETY: `cb` and `skb` are valid during this call, and `ctx` is this dump's to use; it
-        // starts as zeros. The family is the registered one, as `genl_info_dump()` has it.
-        unsafe {
-            let position = (*cb).__bindgen_anon_1.args.as_mut();
-            loop {
-                let header = bindings::remus_genl_dump_begin(skb, cb);
-                let (Some(message), false) = (NonNull::new(skb), header.is_null()) else {
-                    break;
-                };
-                match T::describe(position[0] as usize, &mut Message::from_raw(message)) {
-                    Ok(true) => bindings::remus_genl_dump_end(skb, header),
-                    Ok(false) => {
-                        bindings::remus_genl_dump_cancel(skb, header);
-                        return 0;
-                    }
-                    // The message is full: go on in the next one.
-                    Err(_) => {
-                        bindings::remus_genl_dump_cancel(skb, header);
-                        break;
-                    }
-                }
-                position[0] += 1;
+        // SAFETY: `cb` and `skb` are valid during this call, and so is the dump's request, whose table
+        // of attributes was made for the command's policy.
+        let (command, attrs) = unsafe {
+            let info = bindings::remus_genl_dump_info(cb);
+            let command = (*(*info).genlhdr).cmd;
+            let known = T::COMMANDS.iter().find(|c| c.number == command);
+            let attrs = Attrs {
+                table: (*info).attrs,
+                len: known.map_or(0, |c| c.policy.len()),
+                _attrs: PhantomData,
+            };
+            (command, attrs)
+        };
+        // SAFETY: `cb` is valid during this call, and its acknowledgement this dump's.
+        let ack = unsafe { Ack::from_raw((*cb).extack) };
+        // SAFETY: `args` is this dump's to use; it starts as zeros.
+        let [first, second, ..] = unsafe { (*cb).__bindgen_anon_1.args.as_mut() };
+        loop {
+            // SAFETY: `cb` and `skb` are valid during this call.
+            let header = unsafe { bindings::remus_genl_dump_begin(skb, cb) };
+            let (Some(message), false) = (NonNull::new(skb), header.is_null()) else {
+                break;
+            };
+            let mut position: Position = [*first as u64, *second as u64];
+            // SAFETY: The message is this call's to write.
+            let mut message = unsafe { Message::from_raw(message) };
+            let described = T::describe(command, &attrs, &mut position, &mut message, &ack);
+            if let Ok(true) = described {
+                // SAFETY: `header` was begun in this message.
+                unsafe { bindings::remus_genl_dump_end(skb, header) };
+                (*first, *second) = (position[0] as c_long, position[1] as c_long);
+                continue;
             }
-            (*skb).len as c_int
+            // SAFETY: As above.
+            unsafe { bindings::remus_genl_dump_cancel(skb, header) };
+            match described {
+                // Go on in the next message.
+                Err(DumpError::Full) => break,
+                Err(DumpError::Refused(error)) => return error.to_errno(),
+                _ => return 0,
+            }
         }
+        // SAFETY: Valid during this call.
+        unsafe { (*skb).len as c_int }
     }
 }
 
 impl<T: Handler> Drop for Registration<T> {
     fn drop(&mut self) {
+        // SAFETY: Registered by the type invariant. Waits until no notification runs.
+        unsafe { bindings::netlink_unregister_notifier(&mut self.tables.0.notifier) };
+        *FAMILY.lock() = None;
         // SAFETY: Registered by the type invariant. Waits until no command runs.
         unsafe { bindings::genl_unregister_family(&self.tables.0.family) };
     }

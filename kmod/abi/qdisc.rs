@@ -20,7 +20,11 @@ use super::{
         self,
         IngressHook, //
     },
-    netdev::Device,
+    lock::SoftirqsOff,
+    netdev::{
+        Device,
+        Label, //
+    },
     netlink::{
         Ack,
         Attr,
@@ -28,7 +32,10 @@ use super::{
     },
     not_supported, //
     put_name,
-    skb::Packet,
+    skb::{
+        Packet,
+        PacketQueue, //
+    },
     AssertSync,
     Plain,
 };
@@ -48,6 +55,7 @@ use kernel::{
         Arc,
         Mutex, //
     },
+    transmute::AsBytes,
 };
 
 /// The state of one instance of a queue discipline.
@@ -67,7 +75,12 @@ pub(crate) trait Qdisc: IngressHook + Sized {
     fn hooks_ingress(&self) -> bool;
 
     /// Changes options. RTNL held, process context.
-    fn change(&self, control: &Control<'_>, options: Option<Attr<'_>>, ack: &Ack<'_>) -> Result;
+    fn change(
+        this: &Arc<Self>,
+        control: &Control<'_>,
+        options: Option<Attr<'_>>,
+        ack: &Ack<'_>,
+    ) -> Result;
 
     /// Takes a packet that is to leave through the device. Root lock held, softirqs off.
     fn enqueue(&self, queue: &Queue<'_>, packet: Outgoing<'_>) -> Enqueued;
@@ -84,6 +97,12 @@ pub(crate) trait Qdisc: IngressHook + Sized {
 
     /// Writes the options. RTNL held.
     fn dump(&self, message: &mut Message<'_>) -> Result;
+
+    /// What [`stats`](Self::stats) returns, in the layout that user space knows.
+    type Stats: AsBytes;
+
+    /// Statistics of this kind, for `tc -s`. RTNL held.
+    fn stats(&self) -> Self::Stats;
 }
 
 /// What became of a packet: only [`Outgoing`] and [`Queue`] make one.
@@ -126,15 +145,60 @@ impl Queue<'_> {
     /// Accounts for a packet that the instance keeps, and will return from
     /// [`dequeue`](Qdisc::dequeue). To be called before the packet is put where it is kept.
     pub(crate) fn held(&self, packet: &Packet) -> Enqueued {
-        // SAFETY: Valid and locked by the type invariant.
-        unsafe { bindings::remus_qdisc_held(self.0.as_ptr(), packet.as_ptr()) };
+        let sch = self.0.as_ptr();
+        // SAFETY: Valid by the type invariant, and these fields only change with the root lock held. There
+        // is no reference to the whole, as other processors change other fields meanwhile.
+        unsafe {
+            (*sch).q.qlen += 1;
+            (*sch).qstats.backlog += packet.wire_len();
+        }
         Enqueued(bindings::NET_XMIT_SUCCESS as c_int)
+    }
+
+    /// Softirqs are off while the root lock is held.
+    pub(crate) fn softirqs_off(&self) -> SoftirqsOff<'_> {
+        // SAFETY: The root lock is held by the type invariant, which is taken with softirqs off.
+        unsafe { SoftirqsOff::new() }
+    }
+
+    /// Whether a packet may leave at once, past the instance, as long as nothing waits in it.
+    pub(crate) fn set_bypass(&self, on: bool) {
+        let sch = self.0.as_ptr();
+        // SAFETY: Valid by the type invariant. The scheduler changes the flags of an instance before it is
+        // live, for hardware offload, which this kind has not, and in qdisc_warn_nonwc(), with the root
+        // lock held. `__dev_xmit_skb()` looks at this one with that lock held, so it holds at once.
+        unsafe {
+            if on {
+                (*sch).flags |= bindings::TCQ_F_CAN_BYPASS;
+            } else {
+                (*sch).flags &= !bindings::TCQ_F_CAN_BYPASS;
+            }
+        }
     }
 
     /// Accounts for a packet that was [`held`](Self::held) and is about to be returned.
     pub(crate) fn sent(&self, packet: &Packet) {
         // SAFETY: Valid and locked by the type invariant.
         unsafe { bindings::remus_qdisc_sent(self.0.as_ptr(), packet.as_ptr()) };
+    }
+
+    /// Drops up to `most` packets that were [`held`](Self::held) and will not be returned; counts them as
+    /// dropped. Returns how many.
+    pub(crate) fn forget(&self, packets: &mut PacketQueue, most: u64) -> u64 {
+        for done in 0..most {
+            let Some(packet) = packets.pop(u64::MAX) else {
+                return done;
+            };
+            // SAFETY: Valid and locked by the type invariant.
+            unsafe { bindings::remus_qdisc_forgotten(self.0.as_ptr(), packet.as_ptr()) };
+        }
+        most
+    }
+
+    /// Whether the instance's own first-in first-out queue has no packet.
+    pub(crate) fn fifo_is_empty(&self) -> bool {
+        // SAFETY: Valid and locked by the type invariant.
+        unsafe { (*self.0.as_ptr()).q.head.is_null() }
     }
 
     /// Takes a packet out of the instance's own first-in first-out queue.
@@ -153,50 +217,49 @@ impl Queue<'_> {
 }
 
 /// A packet that is being enqueued.
+pub(crate) struct Outgoing<'a> {
+    packet: Packet,
+    caller: Caller<'a>,
+}
+
+impl<'a> Outgoing<'a> {
+    /// The packet, to be kept (say so with [`Queue::held`]), passed or dropped.
+    pub(crate) fn into_parts(self) -> (Packet, Caller<'a>) {
+        (self.packet, self.caller)
+    }
+
+    /// See [`Caller::pass`].
+    pub(crate) fn pass(self, queue: &Queue<'_>) -> Enqueued {
+        self.caller.pass(queue, self.packet)
+    }
+}
+
+/// Whoever has a packet enqueued.
 ///
 /// # Invariants
 ///
-/// `to_free` is where the caller of `enqueue` collects dropped packets.
-pub(crate) struct Outgoing<'a> {
-    packet: Packet,
-    to_free: *mut *mut bindings::sk_buff,
-    _call: PhantomData<&'a ()>,
-}
+/// Points to where it collects dropped packets, for `'a`.
+pub(crate) struct Caller<'a>(*mut *mut bindings::sk_buff, PhantomData<&'a ()>);
 
-impl Outgoing<'_> {
-    /// The packet, to be kept: say so with [`Queue::held`].
-    pub(crate) fn into_packet(self) -> Packet {
-        self.packet
-    }
-
-    /// The packet.
-    pub(crate) fn packet(&mut self) -> &mut Packet {
-        &mut self.packet
-    }
-
+impl Caller<'_> {
     /// Puts the packet into the instance's own first-in first-out queue, or drops it if that is
     /// full (the device's `tx_queue_len`).
-    pub(crate) fn pass(self, queue: &Queue<'_>) -> Enqueued {
-        // SAFETY: The packet is given up; `queue` is locked; `to_free` is valid by the invariant.
+    pub(crate) fn pass(self, queue: &Queue<'_>, packet: Packet) -> Enqueued {
+        // SAFETY: The packet is given up; `queue` is locked; valid by the type invariant.
         Enqueued(unsafe {
-            bindings::remus_qdisc_fifo_enqueue(
-                self.packet.into_raw(),
-                queue.0.as_ptr(),
-                self.to_free,
-            )
+            bindings::remus_qdisc_fifo_enqueue(packet.into_raw(), queue.0.as_ptr(), self.0)
         })
     }
 
     /// Drops the packet and counts it.
-    pub(crate) fn drop(self, queue: &Queue<'_>) -> Enqueued {
+    pub(crate) fn drop(self, queue: &Queue<'_>, packet: Packet) -> Enqueued {
         // SAFETY: As in `pass`.
-        Enqueued(unsafe {
-            bindings::remus_qdisc_drop(self.packet.into_raw(), queue.0.as_ptr(), self.to_free)
-        })
+        Enqueued(unsafe { bindings::remus_qdisc_drop(packet.into_raw(), queue.0.as_ptr(), self.0) })
     }
 }
 
-/// Has the device of an instance dequeue, as long as the instance is there.
+/// An instance, for whoever holds none of its locks, as long as the instance is there: to have its
+/// device dequeue.
 ///
 /// # Invariants
 ///
@@ -216,17 +279,43 @@ impl Waker {
         )
     }
 
-    /// Has the device dequeue now. Process context, may sleep.
+    /// Has the device dequeue: most of it has happened when this returns. Process context, may sleep.
     pub(crate) fn wake(&self) {
         if let Some(sch) = &*self.sch.lock() {
-            // SAFETY: Valid by the type invariant; the lock keeps `stop` away until the device is
-            // done with it.
+            // SAFETY: Valid by the type invariant; the lock keeps `stop` away, which waits until the
+            // device is done with it.
             unsafe { bindings::remus_qdisc_wake(sch.0.as_ptr()) };
         }
     }
 
+    /// Calls `f` with the root lock held, if the instance is there. Process context, may sleep.
+    pub(crate) fn lock<R>(&self, f: impl FnOnce(&Queue<'_>) -> R) -> Option<R> {
+        let sch = self.sch.lock();
+        let sch = sch.as_ref()?.0;
+        // SAFETY: Valid by the type invariant; the mutex keeps it there.
+        unsafe { bindings::remus_qdisc_lock(sch.as_ptr()) };
+        // INVARIANT: Valid, and just locked.
+        let result = f(&Queue(sch, PhantomData));
+        // SAFETY: As above; locked above.
+        unsafe { bindings::remus_qdisc_unlock(sch.as_ptr()) };
+        Some(result)
+    }
+
+    /// How the device is called, as long as the instance is there. Process context, may sleep.
+    pub(crate) fn label(&self) -> Option<Label> {
+        let sch = self.sch.lock();
+        let sch = sch.as_ref()?.0.as_ptr();
+        // SAFETY: Valid by the type invariant, as is its device, which the lock keeps there: it is not
+        // freed before its queue disciplines are destroyed.
+        Some(unsafe { Label::of(bindings::remus_qdisc_dev(sch)) })
+    }
+
     fn stop(&self) {
-        *self.sch.lock() = None;
+        let sch = self.sch.lock().take();
+        if let Some(sch) = sch {
+            // SAFETY: `destroy` calls this, so the instance is still valid; nobody can wake it any more.
+            unsafe { bindings::remus_qdisc_settle(sch.0.as_ptr()) };
+        }
     }
 }
 
@@ -262,6 +351,7 @@ impl<T: Qdisc> Registration<T> {
                 reset: Some(Self::reset),
                 destroy: Some(Self::destroy),
                 dump: Some(Self::dump),
+                dump_stats: Some(Self::dump_stats),
                 owner: module.as_ptr(),
                 ..Plain::ZERO
             }),
@@ -356,7 +446,10 @@ impl<T: Qdisc> Registration<T> {
         };
         // INVARIANT: Valid, and the RTNL held, during this call.
         let control = Control(sch, PhantomData);
-        match state.as_ref().map(|s| s.change(&control, options, &ack)) {
+        match state
+            .as_ref()
+            .map(|s| T::change(s, &control, options, &ack))
+        {
             Some(Err(error)) => error.to_errno(),
             _ => 0,
         }
@@ -380,14 +473,10 @@ impl<T: Qdisc> Registration<T> {
             )
         };
         // INVARIANT: `to_free` is the caller's.
-        let packet = Outgoing {
-            packet,
-            to_free,
-            _call: PhantomData,
-        };
+        let caller = Caller(to_free, PhantomData);
         match state {
-            Some(state) => state.enqueue(&queue, packet).0,
-            None => packet.drop(&queue).0,
+            Some(state) => state.enqueue(&queue, Outgoing { packet, caller }).0,
+            None => caller.drop(&queue, packet).0,
         }
     }
 
@@ -459,6 +548,28 @@ impl<T: Qdisc> Registration<T> {
             Err(error) => error.to_errno(),
         }
     }
+
+    /// # Safety
+    ///
+    /// Called by the scheduler with the RTNL held.
+    unsafe extern "C" fn dump_stats(
+        sch: *mut bindings::Qdisc,
+        dump: *mut bindings::gnet_dump,
+    ) -> c_int {
+        // SAFETY: The instance is valid and initialised.
+        let Some(state) = (unsafe { &Self::private(sch).state }) else {
+            return 0;
+        };
+        let mut stats = state.stats();
+        // SAFETY: `dump` is the caller's; the statistics are copied before this returns.
+        unsafe {
+            bindings::gnet_stats_copy_app(
+                dump,
+                core::ptr::from_mut(&mut stats).cast(),
+                core::mem::size_of::<T::Stats>() as c_int,
+            )
+        }
+    }
 }
 
 impl<T: Qdisc> Drop for Registration<T> {
@@ -467,3 +578,6 @@ impl<T: Qdisc> Drop for Registration<T> {
         unsafe { bindings::unregister_qdisc(&mut self.ops.0) };
     }
 }
+
+// SAFETY: Eleven eight-byte and two four-byte integers: no padding.
+unsafe impl AsBytes for crate::core::uapi::tca::Stats {}

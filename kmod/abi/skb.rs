@@ -52,13 +52,20 @@ impl Packet {
     /// Bytes in the packet, from the header that the holding layer sees.
     pub(crate) fn len(&self) -> u32 {
         // SAFETY: The packet is valid by the type invariant.
-        unsafe { bindings::remus_skb_len(self.0.as_ptr()) }
+        unsafe { (*self.0.as_ptr()).len }
+    }
+
+    /// Bytes that the packet will be on the wire, as a queue discipline counts them. Only for a packet
+    /// that came through one.
+    pub(super) fn wire_len(&self) -> u32 {
+        // SAFETY: The packet and its control block are valid by the type invariant.
+        unsafe { (*control_block(self.0.as_ptr())).pkt_len }
     }
 
     /// Bytes of memory that the packet keeps.
     pub(crate) fn memory(&self) -> u32 {
         // SAFETY: The packet is valid by the type invariant.
-        unsafe { bindings::remus_skb_truesize(self.0.as_ptr()) }
+        unsafe { (*self.0.as_ptr()).truesize }
     }
 
     /// Makes a received packet independent of its sender. False if there is no memory for it: such
@@ -77,18 +84,38 @@ impl Drop for Packet {
     }
 }
 
+fn control_block(skb: *mut bindings::sk_buff) -> *mut bindings::qdisc_skb_cb {
+    // SAFETY: Only the address of a field is taken.
+    unsafe { core::ptr::addr_of_mut!((*skb).cb).cast() }
+}
+
+/// Where a held packet keeps its epoch: in the queue discipline's part of the control block, which is
+/// free on ingress too. It starts at a multiple of eight bytes.
+fn epoch_of(skb: *mut bindings::sk_buff) -> *mut u64 {
+    const {
+        assert!(core::mem::offset_of!(bindings::qdisc_skb_cb, data) % 8 == 0);
+        assert!(bindings::QDISC_CB_PRIV_LEN as usize >= core::mem::size_of::<u64>());
+    }
+    // SAFETY: Only the address of a field is taken.
+    unsafe { core::ptr::addr_of_mut!((*control_block(skb)).data).cast() }
+}
+
+fn next_of(skb: *mut bindings::sk_buff) -> *mut *mut bindings::sk_buff {
+    // SAFETY: Only the address of a field is taken.
+    unsafe { core::ptr::addr_of_mut!((*skb).__bindgen_anon_1.__bindgen_anon_1.next) }
+}
+
 /// A first-in first-out queue of packets, each with the epoch it belongs to.
 ///
 /// # Invariants
 ///
 /// `head` is null, or points to the first of a chain of packets linked through `->next` that this
-/// value owns, each with an epoch in its control block; `tail` then points to the last. `packets`,
-/// `bytes` and `memory` are sums over the chain.
+/// value owns, each with an epoch in its control block; `tail` then points to the last. `packets`
+/// and `memory` are sums over the chain.
 pub(crate) struct PacketQueue {
     head: *mut bindings::sk_buff,
     tail: *mut bindings::sk_buff,
     packets: u64,
-    bytes: u64,
     memory: u64,
 }
 
@@ -102,7 +129,6 @@ impl PacketQueue {
             head: null_mut(),
             tail: null_mut(),
             packets: 0,
-            bytes: 0,
             memory: 0,
         }
     }
@@ -110,11 +136,6 @@ impl PacketQueue {
     /// How many packets are in the queue.
     pub(crate) fn packets(&self) -> u64 {
         self.packets
-    }
-
-    /// Sum of [`Packet::len`].
-    pub(crate) fn bytes(&self) -> u64 {
-        self.bytes
     }
 
     /// Sum of [`Packet::memory`].
@@ -125,21 +146,26 @@ impl PacketQueue {
     /// Appends a packet of `epoch`.
     pub(crate) fn push(&mut self, packet: Packet, epoch: u64) {
         self.packets += 1;
-        self.bytes += u64::from(packet.len());
         self.memory += u64::from(packet.memory());
         let skb = packet.into_raw();
         // SAFETY: The packet was owned, so nothing else has it; its control block is the queue
         // discipline's, by the invariant of `Packet`. `tail` is valid if it is not null.
         unsafe {
-            bindings::remus_skb_set_epoch(skb, epoch);
-            bindings::remus_skb_set_next(skb, null_mut());
+            *epoch_of(skb) = epoch;
+            *next_of(skb) = null_mut();
             if self.tail.is_null() {
                 self.head = skb;
             } else {
-                bindings::remus_skb_set_next(self.tail, skb);
+                *next_of(self.tail) = skb;
             }
         }
         self.tail = skb;
+    }
+
+    /// Whether the first packet's epoch is at most `epoch`.
+    pub(crate) fn is_due(&self, epoch: u64) -> bool {
+        // SAFETY: The chain is valid by the type invariant, and each packet has an epoch.
+        !self.head.is_null() && unsafe { *epoch_of(self.head) <= epoch }
     }
 
     /// Takes out the first packet if its epoch is at most `epoch`.
@@ -147,11 +173,11 @@ impl PacketQueue {
         let skb = NonNull::new(self.head)?;
         // SAFETY: The chain is valid by the type invariant, and each packet has an epoch.
         unsafe {
-            if bindings::remus_skb_epoch(skb.as_ptr()) > epoch {
+            if *epoch_of(skb.as_ptr()) > epoch {
                 return None;
             }
-            self.head = bindings::remus_skb_next(skb.as_ptr());
-            bindings::remus_skb_set_next(skb.as_ptr(), null_mut());
+            self.head = *next_of(skb.as_ptr());
+            *next_of(skb.as_ptr()) = null_mut();
         }
         if self.head.is_null() {
             self.tail = null_mut();
@@ -159,26 +185,8 @@ impl PacketQueue {
         // SAFETY: The queue owned the packet, which is now off the chain.
         let packet = unsafe { Packet::from_raw(skb) };
         self.packets -= 1;
-        self.bytes -= u64::from(packet.len());
         self.memory -= u64::from(packet.memory());
         Some(packet)
-    }
-
-    /// How many packets and bytes there are of epochs after `epoch`. Looks at every packet.
-    pub(crate) fn count_after(&self, epoch: u64) -> (u64, u64) {
-        let (mut packets, mut bytes) = (0, 0);
-        let mut skb = self.head;
-        while !skb.is_null() {
-            // SAFETY: The chain is valid by the type invariant, and each packet has an epoch.
-            unsafe {
-                if bindings::remus_skb_epoch(skb) > epoch {
-                    packets += 1;
-                    bytes += u64::from(bindings::remus_skb_len(skb));
-                }
-                skb = bindings::remus_skb_next(skb);
-            }
-        }
-        (packets, bytes)
     }
 
     /// Appends all of `other`.
@@ -192,11 +200,10 @@ impl PacketQueue {
         } else {
             // SAFETY: `tail` is the last packet of this chain, by the type invariant; the other chain
             // is given up by its owner.
-            unsafe { bindings::remus_skb_set_next(self.tail, other.head) };
+            unsafe { *next_of(self.tail) = other.head };
         }
         self.tail = other.tail;
         self.packets += other.packets;
-        self.bytes += other.bytes;
         self.memory += other.memory;
     }
 

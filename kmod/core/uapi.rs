@@ -29,9 +29,28 @@ pub mod cmd {
     pub const EPOCH_COMMIT: u8 = 5;
     /// Fold a sealed epoch and all sealed after it into the open one.
     pub const EPOCH_ABORT: u8 = 6;
+    /// Change a domain's limits, or own it.
+    pub const DOMAIN_SET: u8 = 7;
+    /// Dump ports.
+    pub const PORT_GET: u8 = 8;
+    /// Throw all packets away that are not committed.
+    pub const DISCARD: u8 = 9;
+    /// Event: the first packet of the open epoch is held.
+    pub const OUTPUT_PENDING: u8 = 10;
+    /// Event: half of what may be held is.
+    pub const BUFFER_HIGH: u8 = 11;
+    /// Event: a packet was dropped because of a limit.
+    pub const OVERFLOW: u8 = 12;
+    /// Event: the socket that owned the domain was closed.
+    pub const CONTROLLER_GONE: u8 = 13;
+    /// Event: the domain was deleted, or left by its last port.
+    pub const DOMAIN_GONE: u8 = 14;
     /// The highest command.
-    pub const MAX: u8 = EPOCH_ABORT;
+    pub const MAX: u8 = DOMAIN_GONE;
 }
+
+/// Multicast group of the events.
+pub const EVENTS: &str = "events";
 
 /// Attributes of the generic netlink family. Numbers are `uint`: four or eight bytes, native order.
 pub mod attr {
@@ -67,9 +86,107 @@ pub mod attr {
     pub const DURATION_NS: u16 = 15;
     /// Count every resident page as written, flag.
     pub const FULL: u16 = 16;
+    /// Name of the port's network interface, NUL-terminated string.
+    pub const PORT: u16 = 17;
+    /// Index of the port's network interface, uint.
+    pub const IFINDEX: u16 = 18;
+    /// Which packets are held, uint: [`super::direction`].
+    pub const DIRECTION: u16 = 19;
+    /// Nothing is held until the next seal, flag.
+    pub const PASSTHROUGH: u16 = 20;
+    /// Most packets held at once, uint.
+    pub const LIMIT_PACKETS: u16 = 21;
+    /// Most bytes of memory held at once, uint.
+    pub const LIMIT_BYTES: u16 = 22;
+    /// Bytes of memory that the held packets take, uint.
+    pub const HELD_MEMORY: u16 = 23;
+    /// Packets dropped because of a limit, uint.
+    pub const DROPPED_LIMIT: u16 = 24;
+    /// Packets dropped for want of memory, uint.
+    pub const DROPPED_MEMORY: u16 = 25;
+    /// Packets held and then thrown away, uint.
+    pub const DROPPED_DISCARDED: u16 = 26;
+    /// How long the epoch committed last was held, in nanoseconds, uint.
+    pub const HOLD_LAST_NS: u16 = 27;
+    /// The longest such time, uint.
+    pub const HOLD_MAX_NS: u16 = 28;
+    /// The sending process owns the domain from now on, until this socket is closed, flag.
+    pub const OWN: u16 = 29;
+    /// Process that owns the domain, uint.
+    pub const OWNER: u16 = 30;
+    /// The owner's socket was closed, flag.
+    pub const ORPHANED: u16 = 31;
     /// The highest attribute.
-    pub const MAX: u16 = FULL;
+    pub const MAX: u16 = ORPHANED;
 }
+
+/// What an attribute holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Type {
+    /// A number of four or eight bytes, native order.
+    Uint,
+    /// A NUL-terminated string, of at most so many bytes without the NUL if that is checked.
+    Text(Option<usize>),
+    /// Nothing: it is there or not.
+    Flag,
+}
+
+/// What each attribute holds, from attribute 1 on.
+pub const TYPES: [Type; attr::MAX as usize] = {
+    let mut types = [Type::Uint; attr::MAX as usize];
+    types[attr::DOMAIN as usize - 1] = Type::Text(Some(NAME_MAX));
+    types[attr::DEVICE as usize - 1] = Type::Text(None);
+    types[attr::PORT as usize - 1] = Type::Text(None);
+    types[attr::FULL as usize - 1] = Type::Flag;
+    types[attr::PASSTHROUGH as usize - 1] = Type::Flag;
+    types[attr::OWN as usize - 1] = Type::Flag;
+    types[attr::ORPHANED as usize - 1] = Type::Flag;
+    types
+};
+
+/// A command, and the attributes that a request for it may carry; everything else is refused.
+pub struct Command {
+    /// Its number.
+    pub number: u8,
+    /// Whether it acts on, or describes, one object.
+    pub one: bool,
+    /// Whether it can be asked for a dump, with the same attributes.
+    pub dump: bool,
+    /// What it accepts.
+    pub accepts: &'static [u16],
+}
+
+impl Command {
+    const fn new(number: u8, accepts: &'static [u16]) -> Self {
+        Self {
+            number,
+            one: number != cmd::PORT_GET,
+            dump: number == cmd::DOMAIN_GET || number == cmd::PORT_GET,
+            accepts,
+        }
+    }
+}
+
+/// Every command of the family. The module builds its policies from this.
+pub const COMMANDS: &[Command] = &[
+    Command::new(cmd::DOMAIN_NEW, &[attr::DOMAIN, attr::MEMORY]),
+    Command::new(cmd::DOMAIN_DEL, &[attr::DOMAIN]),
+    Command::new(cmd::DOMAIN_GET, &[attr::DOMAIN]),
+    Command::new(cmd::EPOCH_SEAL, &[attr::DOMAIN, attr::FULL]),
+    Command::new(cmd::EPOCH_COMMIT, &[attr::DOMAIN, attr::EPOCH]),
+    Command::new(cmd::EPOCH_ABORT, &[attr::DOMAIN, attr::EPOCH]),
+    Command::new(
+        cmd::DOMAIN_SET,
+        &[
+            attr::DOMAIN,
+            attr::LIMIT_PACKETS,
+            attr::LIMIT_BYTES,
+            attr::OWN,
+        ],
+    ),
+    Command::new(cmd::PORT_GET, &[attr::DOMAIN]),
+    Command::new(cmd::DISCARD, &[attr::DOMAIN]),
+];
 
 /// Attributes nested in `TCA_OPTIONS` of a qdisc of kind `remus`.
 pub mod tca {
@@ -79,10 +196,44 @@ pub mod tca {
     pub const DIRECTION: u16 = 2;
     /// Most packets held at once, u32; more are dropped and counted.
     pub const LIMIT_PACKETS: u16 = 3;
-    /// Most bytes held at once, u64.
+    /// Most bytes of memory held at once, u64.
     pub const LIMIT_BYTES: u16 = 4;
+    /// 1: pass everything until the domain's next seal; 0: hold from now on. u8.
+    pub const PASSTHROUGH: u16 = 5;
     /// The highest attribute.
-    pub const MAX: u16 = LIMIT_BYTES;
+    pub const MAX: u16 = PASSTHROUGH;
+
+    /// Content of `TCA_STATS_APP` (`TCA_XSTATS`) of a qdisc of kind `remus`, in native order.
+    #[repr(C)]
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct Stats {
+        /// The open epoch of the domain.
+        pub open_epoch: u64,
+        /// The newest committed epoch, 0 if there is none.
+        pub committed_epoch: u64,
+        /// How many epochs are sealed and neither committed nor aborted.
+        pub sealed_epochs: u64,
+        /// Packets held.
+        pub packets: u64,
+        /// Bytes of these packets.
+        pub bytes: u64,
+        /// Bytes of memory that they take.
+        pub memory: u64,
+        /// From the first packet's arrival to the commit, of the epoch committed last, in ns.
+        pub hold_last_ns: u64,
+        /// The longest such time, in ns.
+        pub hold_max_ns: u64,
+        /// Packets dropped because of a limit.
+        pub dropped_limit: u64,
+        /// Packets dropped for want of memory.
+        pub dropped_memory: u64,
+        /// Packets held and then thrown away.
+        pub dropped_discarded: u64,
+        /// 1 while everything passes, else 0.
+        pub passthrough: u32,
+        /// [`super::direction`].
+        pub direction: u32,
+    }
 }
 
 /// Values of [`tca::DIRECTION`].

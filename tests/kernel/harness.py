@@ -66,6 +66,19 @@ def short(value):
 
 
 @contextlib.contextmanager
+def setting(stack, path, value):
+    """Writes to a file below /proc/sys or /sys, until the end of the test."""
+    with open(path, "r+", encoding="ascii") as f:
+        old = f.read()
+
+        def back():
+            with open(path, "w", encoding="ascii") as again:
+                again.write(old)
+        stack.callback(back)
+        f.seek(0)
+        f.write(str(value))
+
+
 def fails(*codes):
     """The body raises OSError with one of these errnos."""
     try:

@@ -6,11 +6,13 @@ Attributes are lists of (type, bytes) so that a test can send any nonsense; repl
 import errno
 import itertools
 import os
+import select
 import socket
 import struct
+import time
 
 NETLINK_ROUTE, NETLINK_GENERIC, SOL_NETLINK = 0, 16, 270
-NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK = 10, 11, 12
+NETLINK_ADD_MEMBERSHIP, NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK = 1, 10, 11, 12
 REQUEST, MULTI, ACK = 1, 2, 4
 ROOT, MATCH, DUMP = 0x100, 0x200, 0x300
 REPLACE, EXCL, CREATE = 0x100, 0x200, 0x400
@@ -19,12 +21,21 @@ HEADER = struct.Struct("=IHHII")
 
 # docs/netlink/remus.yaml, once more.
 CMD = {n: i + 1 for i, n in enumerate(
-    "domain-new domain-del domain-get epoch-seal epoch-commit epoch-abort".split())}
+    "domain-new domain-del domain-get epoch-seal epoch-commit epoch-abort domain-set port-get discard".split())}
+EVENTS = {n: i + 1 + len(CMD) for i, n in enumerate(
+    "output-pending buffer-high overflow controller-gone domain-gone".split())}
+EVENT_NAMES = {i: n for n, i in EVENTS.items()}
 ATTR = {n: i + 1 for i, n in enumerate(
     "domain memory device epoch open-epoch committed-epoch sealed-epochs packets bytes dropped "
-    "dirty-pages resident-pages snapshot-pages ports duration-ns full".split())}
+    "dirty-pages resident-pages snapshot-pages ports duration-ns full port ifindex direction passthrough "
+    "limit-packets limit-bytes held-memory dropped-limit dropped-memory dropped-discarded hold-last-ns "
+    "hold-max-ns own owner orphaned".split())}
 NAMES = {i: n for n, i in ATTR.items()}
-TCA_DOMAIN, TCA_DIRECTION, TCA_LIMIT_PACKETS, TCA_LIMIT_BYTES = 1, 2, 3, 4
+TEXTS, FLAGS = ("domain", "device", "port"), ("full", "passthrough", "own", "orphaned")
+TCA_DOMAIN, TCA_DIRECTION, TCA_LIMIT_PACKETS, TCA_LIMIT_BYTES, TCA_PASSTHROUGH = 1, 2, 3, 4, 5
+XSTATS = struct.Struct("=11Q2I")  # tca::Stats
+XSTATS_NAMES = ("open-epoch committed-epoch sealed-epochs packets bytes held-memory hold-last-ns hold-max-ns "
+                "dropped-limit dropped-memory dropped-discarded passthrough direction").split()
 GUEST, EGRESS = 1, 2
 TC_H_ROOT = 0xFFFFFFFF
 
@@ -89,9 +100,11 @@ class Refused(OSError):
 class Socket:
     """A netlink socket; one request at a time."""
 
-    def __init__(self, protocol):
+    def __init__(self, protocol, port=0, chunk=1 << 18):
+        # What a recv takes at most; the kernel makes the messages of a dump as large, up to 32 KiB.
+        self.chunk = chunk
         self.sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
-        self.sock.bind((0, 0))
+        self.sock.bind((port, 0))
         self.sock.settimeout(60)
         for option in NETLINK_EXT_ACK, NETLINK_CAP_ACK, NETLINK_GET_STRICT_CHK:
             self.sock.setsockopt(SOL_NETLINK, option, 1)
@@ -116,10 +129,12 @@ class Socket:
         self.sock.send(message)
         return self.replies(message, seq)
 
-    def replies(self, message, seq):
+    def replies(self, message, seq, between=lambda: None):
+        """`between` is called before each datagram."""
         out = []
         while True:
-            data, at = self.sock.recv(1 << 18), 0
+            between()
+            data, at = self.sock.recv(self.chunk), 0
             while at + HEADER.size <= len(data):
                 length, kind, flags, number_, _ = HEADER.unpack_from(data, at)
                 payload = data[at + HEADER.size:at + length]
@@ -155,8 +170,8 @@ class Socket:
 class Genl(Socket):
     """The family `remus`."""
 
-    def __init__(self, family="remus"):
-        super().__init__(NETLINK_GENERIC)
+    def __init__(self, family="remus", **more):
+        super().__init__(NETLINK_GENERIC, **more)
         try:
             reply, = self.request(16, 0, struct.pack("=BBH", 3, 1, 0) + attr(2, text(family)))
         except OSError:
@@ -170,6 +185,13 @@ class Genl(Socket):
         payload += b"".join(attr(k, d) for k, d in attrs) + tail
         return [self.decode(r) for r in self.request(self.family, flags, payload)]
 
+    def dump_slowly(self, cmd, between, attrs=()):
+        """A dump, with a call before each piece."""
+        payload = struct.pack("=BBH", CMD[cmd], 1, 0) + b"".join(attr(k, d) for k, d in attrs)
+        message, seq = self.message(self.family, ACK | DUMP, payload)
+        self.sock.send(message)
+        return [self.decode(r) for r in self.replies(message, seq, between)]
+
     @staticmethod
     def decode(reply):
         out = {}
@@ -177,10 +199,14 @@ class Genl(Socket):
             name = NAMES.get(kind, kind)
             if name in out:
                 raise AssertionError(f"attribute {name} twice")
-            if name in ("domain", "device"):
+            if name in TEXTS:
                 if data[-1:] != b"\0":
                     raise AssertionError(f"{name} is not NUL-terminated")
                 out[name] = data[:-1].decode()
+            elif name in FLAGS:
+                if data:
+                    raise AssertionError(f"{name} has {len(data)} bytes")
+                out[name] = True
             else:
                 if len(data) not in (4, 8):
                     raise AssertionError(f"{name} has {len(data)} bytes")
@@ -211,6 +237,90 @@ class Genl(Socket):
 
     def abort(self, domain, epoch):
         return self.call("epoch-abort", domain, (4, uint(epoch)))
+
+    def set(self, domain, packets=None, size=None, own=False):
+        attrs = [(ATTR["limit-packets"], uint(packets))] if packets is not None else []
+        attrs += [(ATTR["limit-bytes"], uint(size))] if size is not None else []
+        attrs += [(ATTR["own"], b"")] if own else []
+        return self.call("domain-set", domain, *attrs)
+
+    def discard(self, domain):
+        return self.call("discard", domain)
+
+    def ports(self, domain=None):
+        """All ports, or those of a domain."""
+        return self.raw(CMD["port-get"], [] if domain is None else [(1, text(domain))], flags=DUMP)
+
+    def port(self, domain):
+        """The only port of a domain."""
+        port, = self.ports(domain)
+        return port
+
+    @property
+    def group(self):
+        """Number of the multicast group `events`."""
+        for _, nested in attributes(self.info[7]):
+            group = dict(attributes(nested))
+            if group[1] == b"events\0":
+                return number(group[2])
+        raise AssertionError("there is no multicast group events")
+
+
+class Listener:
+    """A socket that receives events, and nothing else."""
+
+    def __init__(self):
+        self.genl = Genl()
+        self.sock = self.genl.sock
+        self.genl.sock.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, self.genl.group)
+        self.sock.settimeout(0)
+        self.lost, self.got = 0, []
+
+    def now(self):
+        """The events that have come so far: pairs of a name and its attributes. ENOBUFS is counted in `lost`."""
+        while True:
+            try:
+                data, at = self.sock.recv(1 << 18), 0
+            except BlockingIOError:
+                return self.got
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                self.lost += 1
+                continue
+            while at + HEADER.size <= len(data):
+                length, kind, _, seq, port = HEADER.unpack_from(data, at)
+                if kind != self.genl.family or seq or port:
+                    raise AssertionError(f"an event of family {kind}, sequence number {seq}, port {port}")
+                command, version, reserved = struct.unpack_from("=BBH", data, at + HEADER.size)
+                if version != 1 or reserved:
+                    raise AssertionError(f"an event of version {version}, reserved {reserved}")
+                payload = data[at + HEADER.size:at + length]
+                self.got.append((EVENT_NAMES[command], Genl.decode(payload)))
+                at += (length + 3) & ~3
+
+    def take(self, *names, domain=None, seconds=10, settle=0.1):
+        """Exactly these events come, in any order (they are sent from several places). Returns them, in that order."""
+        end = time.monotonic() + seconds
+        while len(self.now()) < len(names) and time.monotonic() < end:
+            select.select([self.sock], [], [], 0.05)
+        time.sleep(settle)
+        got, self.got = self.now(), []
+        if sorted(n for n, _ in got) != sorted(names):
+            raise AssertionError(f"{len(got)} events {str(got)[:600]}, want {str(names)[:100]}")
+        wrong = [e for e in got if domain is not None and e[1]["domain"] != domain]
+        if wrong:
+            raise AssertionError(f"events {wrong} are not of domain {domain}")
+        return [next(attrs for n, attrs in got if n == name) for name in names]
+
+    def close(self):
+        self.genl.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
 
 class Rtnl(Socket):
@@ -275,7 +385,8 @@ class Rtnl(Socket):
         return self.qdisc(37, 0, name, kind, **more)
 
     def qdisc_get(self, name):
-        """The root qdisc: kind, options, queue length, backlog, drops, packets, bytes; None if it is no qdisc."""
+        """The root qdisc: kind, options, queue length, backlog, drops, packets, bytes, what a remus qdisc says of
+        itself (xstats); None if it is no qdisc."""
         index = socket.if_nametoindex(name)
         for reply in self.request(38, DUMP, struct.pack("=BxxxiIII", 0, index, 0, 0, 0)):
             _, at, handle, parent, _ = struct.unpack_from("=BxxxiIII", reply)
@@ -289,11 +400,13 @@ class Rtnl(Socket):
                 out["qlen"], out["backlog"], out["drops"] = struct.unpack_from("=III", stats[3])
             if 1 in stats:
                 out["bytes"], out["packets"] = struct.unpack_from("=QI", stats[1])
+            if 4 in stats and out["kind"] == "remus":
+                out["xstats"] = dict(zip(XSTATS_NAMES, XSTATS.unpack(stats[4])))
             return out
         return None
 
 
-def options(domain=None, direction=None, packets=None, size=None):
+def options(domain=None, direction=None, packets=None, size=None, passthrough=None):
     """TCA_OPTIONS of a remus qdisc."""
     out = []
     if domain is not None:
@@ -304,4 +417,6 @@ def options(domain=None, direction=None, packets=None, size=None):
         out.append((TCA_LIMIT_PACKETS, u32(packets)))
     if size is not None:
         out.append((TCA_LIMIT_BYTES, u64(size)))
+    if passthrough is not None:
+        out.append((TCA_PASSTHROUGH, u8(passthrough)))
     return out

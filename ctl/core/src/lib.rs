@@ -12,6 +12,8 @@
 pub mod dirty;
 #[path = "../../../kmod/core/epoch.rs"]
 pub mod epoch;
+#[path = "../../../kmod/core/ledger.rs"]
+pub mod ledger;
 #[path = "../../../kmod/core/uapi.rs"]
 pub mod uapi;
 #[path = "../../../kmod/core/wire.rs"]

@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: GPL-2.0
+# Install what has been built, or remove it again, and say what was done and what was not.
+#
+#   scripts/install.sh [--uninstall]
+#
+# remusctl goes to $PREFIX/sbin (/usr/local), the plugin of tc to where the installed tc looks for it
+# (TC_LIB_DIR=DIR names another place), the module to /lib/modules if it was built for the running
+# kernel. With DESTDIR=DIR everything goes below DIR, and the module may be for any kernel.
+
+. "$(dirname "$0")/lib.sh"
+
+PREFIX=${PREFIX:-/usr/local} DESTDIR=${DESTDIR:-}
+remove=''
+case ${1:-} in
+    '') ;;
+    --uninstall) remove=1 ;;
+    *) die "unknown option '$1': see the head of $0." ;;
+esac
+[[ $PREFIX == /* ]] || die "PREFIX=$PREFIX is not an absolute path."
+DESTDIR=${DESTDIR%/}
+
+# put FILE DIR MODE
+put() {
+    local to=$DESTDIR$2/${1##*/}
+    # Beside it first: the old one may be in use.
+    if ! { mkdir -p "$DESTDIR$2" && install -m "$3" "$1" "$to.new" && mv "$to.new" "$to"; } 2>/dev/null; then
+        die "cannot write $to: run it as root, or set DESTDIR=DIR or PREFIX=DIR."
+    fi
+    say "installed $to"
+}
+
+# take FILE
+take() {
+    local from=$DESTDIR$1
+    if [ -e "$from" ]; then
+        rm "$from" 2>/dev/null || die "cannot remove $from: run it as root."
+        say "removed $from"
+    fi
+}
+
+# tc_directory: the directory that is built into the tc of this machine.
+tc_directory() {
+    local tc dir
+    if [ -n "${TC_LIB_DIR:-}" ]; then
+        echo "${TC_LIB_DIR%/}"
+        return
+    fi
+    tc=$(PATH=$PATH:/usr/sbin:/sbin command -v tc) || return 1
+    # get_tc_lib() in iproute2's tc/tc_util.c has it as one string, with a slash at its end.
+    dir=$(grep -aoE '/[A-Za-z0-9_./+-]*/tc/' "$tc" | head -n 1) || return 1
+    echo "${dir%/}"
+}
+
+remusctl=$TOP/build/cargo/release/remusctl
+plugin=$TOP/build/tc/q_remus.so
+module=$TOP/build/module/remus_buf.ko
+running=$(uname -r)
+
+if [ -n "$remove" ]; then
+    take "$PREFIX/sbin/remusctl"
+    if dir=$(tc_directory); then take "$dir/q_remus.so"; fi
+    for file in "$DESTDIR"/lib/modules/*/updates/remus_buf.ko; do
+        [ -e "$file" ] || continue
+        release=${file#"$DESTDIR"/lib/modules/}
+        release=${release%%/*}
+        take "/lib/modules/$release/updates/remus_buf.ko"
+        [ -n "$DESTDIR" ] || depmod -a "$release"
+    done
+    [ ! -d /sys/module/remus_buf ] || say "the module is still loaded: 'rmmod remus_buf' when nothing uses it."
+    exit 0
+fi
+
+if [ -e "$remusctl" ]; then
+    put "$remusctl" "$PREFIX/sbin" 755
+else
+    say "remusctl is not installed: build it with 'make ctl'."
+fi
+
+if [ ! -e "$plugin" ]; then
+    say "the plugin of tc is not installed: build it with 'make tc'."
+elif dir=$(tc_directory); then
+    put "$plugin" "$dir" 644
+else
+    say "the plugin of tc is not installed: there is no tc here to ask for its directory; name it with TC_LIB_DIR=DIR."
+fi
+
+if [ ! -e "$module" ]; then
+    say "the module is not installed: build it with 'make module KDIR=/lib/modules/$running/build'."
+    exit 0
+fi
+release=$(modinfo -F vermagic "$module" | cut -d ' ' -f 1)
+if [ -n "$DESTDIR" ]; then
+    put "$module" "/lib/modules/$release/updates" 644
+    say "depmod was not run: it is for the machine with kernel $release to do."
+elif [ "$release" = "$running" ]; then
+    put "$module" "/lib/modules/$release/updates" 644
+    depmod -a "$release" || die "depmod failed: the module is installed, but modprobe does not find it."
+    say "depmod has been run: the module is loaded when it is needed."
+else
+    say "the module is not installed: it is for kernel $release, and $running is running; build it with 'make module KDIR=/lib/modules/$running/build'."
+fi

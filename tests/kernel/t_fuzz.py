@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Random and mutated netlink messages, to the family and to rtnetlink about qdiscs of kind remus.
+
+What must hold: no report, no crash, and afterwards everything works and can be taken away. Many messages go into one
+datagram, and nobody reads the answers: a few microseconds each.
+"""
+import contextlib
+import random
+import socket
+import struct
+import time
+
+import netlink
+from harness import DEBUG, SEED, same, scaled, test, true
+from netlink import ACK, ATTR, CMD, CREATE, DUMP, EXCL, HEADER, NESTED, REPLACE, REQUEST, Genl, Rtnl, attr, text, uint
+from net import Line, Sender
+
+DEVICES = 4
+BATCH = 64
+NAMES = [b"a\0", b"b\0", b"c\0", b"w\0", b"w" * 31 + b"\0"]
+
+
+def number(rng):
+    dice = rng.random()
+    if dice < 0.5:
+        return rng.randrange(12)
+    if dice < 0.8:
+        return rng.choice((0, 1, 4095, 4096, 8192, 65536, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, 1 << 44, (1 << 63) - 1, 1 << 63, (1 << 64) - 1))
+    return rng.getrandbits(rng.choice((8, 16, 32, 48, 64)))
+
+
+def content(rng, kind, names=netlink.NAMES):
+    """Mostly what this attribute should hold."""
+    name = names.get(kind)
+    dice = rng.random()
+    if dice < 0.08:
+        return rng.randbytes(rng.choice((0, 1, 2, 3, 4, 5, 7, 8, 9, 31, 32, 33, 64, 300)))
+    if name in netlink.TEXTS:
+        return rng.choice(NAMES) if dice < 0.9 else rng.choice((b"", b"\0", b"-\0", b"a/b\0", b"a", b"\xff\0", b"a\0b\0"))
+    if name in netlink.FLAGS:
+        return b""
+    return uint(number(rng)) if dice < 0.9 else struct.pack("=Q", number(rng))
+
+
+def genl_attributes(rng, command):
+    """The attributes of a request for the family, as bytes."""
+    wanted = {"domain-new": ["domain", "memory"], "epoch-seal": ["domain", "full"], "epoch-commit": ["domain", "epoch"],
+              "epoch-abort": ["domain", "epoch"], "domain-set": ["domain", "limit-packets", "limit-bytes", "own"]}
+    kinds = [ATTR[n] for n in wanted.get(command, ["domain"]) if n == "domain" or rng.random() < 0.7]
+    if command == "domain-new" and rng.random() < 0.7:
+        kinds = kinds[:1]  # memory takes its time
+    if rng.random() < 0.15:
+        kinds.insert(rng.randrange(len(kinds) + 1), rng.choice((*ATTR.values(), 0, 32, 33, 255, 0x3FFF, 0xFFFF)))
+    if rng.random() < 0.05:
+        kinds.append(rng.choice(kinds))
+    out = b""
+    for kind in kinds:
+        data = content(rng, kind)
+        if command == "domain-new" and kind == ATTR["memory"] and rng.random() < 0.9:
+            data = uint(rng.choice((4096, 8192, 65536)))
+        if rng.random() < 0.02:
+            kind |= NESTED
+        out += attr(kind, data)
+    return out
+
+
+def genl_message(rng, family):
+    command = rng.choice(tuple(CMD))
+    head = struct.pack("=BBH", CMD[command] if rng.random() < 0.97 else rng.randrange(256),
+                       1 if rng.random() < 0.97 else rng.randrange(256), 0 if rng.random() < 0.99 else rng.randrange(1 << 16))
+    flags = DUMP if command == "port-get" or rng.random() < 0.02 else 0
+    return family, flags, head + genl_attributes(rng, command)
+
+
+def tc_options(rng):
+    out = b""
+    for kind, good in ((1, lambda: rng.choice(NAMES)), (2, lambda: struct.pack("B", rng.randrange(4))),
+                       (3, lambda: struct.pack("=I", number(rng) & 0xFFFFFFFF)), (4, lambda: struct.pack("=Q", number(rng))),
+                       (5, lambda: struct.pack("B", rng.randrange(3)))):
+        if rng.random() < 0.4:
+            out += attr(kind, good() if rng.random() < 0.93 else rng.randbytes(rng.randrange(12)))
+    if rng.random() < 0.05:
+        out += attr(rng.randrange(1 << 16), rng.randbytes(rng.randrange(20)))
+    return out
+
+
+def tc_message(rng, devices):
+    kind, flags = rng.choice(((36, CREATE | EXCL), (36, CREATE | REPLACE), (36, 0), (36, CREATE), (37, 0), (38, 0), (38, DUMP)))
+    index = rng.choice(devices) if rng.random() < 0.98 else rng.getrandbits(31)
+    parent = netlink.TC_H_ROOT if rng.random() < 0.9 else rng.choice((0, 0xFFFFFFF1, 0xFFFFFFF2, 0x10001, rng.getrandbits(32)))
+    handle = 0 if rng.random() < 0.8 else rng.choice((0x10000, 0x50000, rng.getrandbits(32)))
+    payload = struct.pack("=BxxxiIII", 0, index, handle, parent, 0)
+    if rng.random() < 0.95:
+        payload += attr(1, text("remus") if rng.random() < 0.97 else rng.choice((b"remus", b"pfifo\0", b"remus_\0", b"\0", b"")))
+    if rng.random() < 0.8:
+        payload += attr(2 | (NESTED if rng.random() < 0.3 else 0), tc_options(rng) if rng.random() < 0.97 else rng.randbytes(rng.randrange(40)))
+    return kind, flags, payload
+
+
+def datagram(rng, make, pool):
+    """A batch of messages: new ones, and ones from the pool, with a byte changed in some."""
+    out = bytearray()
+    for _ in range(BATCH):
+        if len(pool) < 3000 or rng.random() < 0.15:
+            kind, flags, payload = make(rng)
+            message = HEADER.pack(HEADER.size + len(payload), kind, flags | REQUEST | (ACK if rng.random() < 0.1 else 0), 1, 0) + payload
+            message += b"\0" * (-len(message) % 4)
+            if len(pool) < 3000:
+                pool.append(message)
+            else:
+                pool[rng.randrange(3000)] = message
+        else:
+            message = rng.choice(pool)
+        if rng.random() < 0.25:
+            message = bytearray(message)
+            # Not the type: this is about remus. The length only now and then: it ends the batch.
+            at = rng.randrange(16, len(message)) if rng.random() < 0.98 else rng.choice((0, 1, 6, 7))
+            message[at] = rng.choice((0, 1, 0xFF, message[at] ^ (1 << rng.randrange(8)), rng.randrange(256)))
+        out += message
+    return bytes(out)
+
+
+def drain(sock):
+    """Ends dumps that are in progress; the rest does not matter."""
+    with contextlib.suppress(BlockingIOError):
+        for _ in range(2000):
+            try:
+                sock.recv(1 << 15)
+            except OSError as error:
+                if isinstance(error, BlockingIOError):
+                    raise
+
+
+@test(seconds=1800)
+def messages(stack):
+    """Tens of thousands of them; 1,000,000 with --long."""
+    rng = random.Random(SEED)
+    rtnl = stack.enter_context(Rtnl())
+    names = [f"t-f{i}" for i in range(DEVICES)]
+    stack.callback(lambda: [rtnl.delete(n) for n in names if n in rtnl.names()])
+    for name in names:
+        if name.endswith("0"):
+            rtnl.veth(name, name + "p")
+        else:
+            rtnl.add(name, "dummy")
+    devices = [socket.if_nametoindex(n) for n in names]
+    senders = [Sender(n) for n in [*names, "t-f0p"]]
+    for s in senders:
+        stack.callback(s.close)
+    count, done = scaled(10_000 if DEBUG else 40_000, 1_000_000), 0
+    start = time.monotonic()
+    genls = [Genl() for _ in range(3)]
+    tcs = [Rtnl() for _ in range(2)]
+    pools = {"genl": [], "tc": []}
+    for s in genls + tcs:
+        s.sock.setblocking(False)
+        s.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    turn = 0
+    while done < count:
+        turn += 1
+        # A qdisc that comes or goes waits for a grace period or two: fewer of those.
+        if rng.random() < 0.92:
+            s = rng.choice(genls)
+            batch = datagram(rng, lambda r: genl_message(r, genls[0].family), pools["genl"])
+        else:
+            s = rng.choice(tcs)
+            batch = datagram(rng, lambda r: tc_message(r, devices), pools["tc"])
+        with contextlib.suppress(OSError):
+            s.sock.send(batch)
+        done += BATCH
+        if turn % 8 == 0:
+            drain(s.sock)
+            # Packets, so that there is something to hold, release and drop.
+            for sender in senders:
+                with contextlib.suppress(OSError):
+                    sender.send(turn)
+        if turn % 200 == 0:
+            # What owns a domain, or keeps a dump, comes and goes.
+            i = rng.randrange(len(genls))
+            genls[i].close()
+            genls[i] = Genl()
+            genls[i].sock.setblocking(False)
+            genls[i].sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    took = time.monotonic() - start
+    print(f"# {done} messages in {took:.0f} s, {1e6 * took / done:.0f} us each; seed {SEED}", flush=True)
+    for s in genls + tcs:
+        s.close()
+    genl = stack.enter_context(Genl())
+    # Not all of it was refused.
+    seen = [d["open-epoch"] for d in genl.dump()]
+    true(len(seen) > 2 and max(seen) > 5, f"open epochs of all domains: {seen}")
+    # All of it can be taken away,
+    for index in [*devices, socket.if_nametoindex("lo")]:
+        with contextlib.suppress(OSError):
+            rtnl.qdisc_del(index)
+    for domain in genl.dump():
+        same(domain["ports"], 0, f"ports of {domain['domain']}")
+        genl.delete(domain["domain"])
+    same(genl.dump(), [], "domains")
+    # and all works.
+    line = Line(stack, "guest", domain="web")
+    line.send(1, 2)
+    genl.commit("web", genl.seal("web")["epoch"])
+    line.receiver.expect([1, 2], "afterwards")
+    line.remove()
