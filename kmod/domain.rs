@@ -14,7 +14,6 @@ use crate::{
             Sender,
             Socket, //
         },
-        page,
         ramdev,
         workqueue, //
     },
@@ -28,7 +27,11 @@ use crate::{
     },
     netlink,
     qdisc::port::Port,
-    ram::Ram,
+    ram::{
+        Alarm,
+        CowPolicy,
+        Ram, //
+    },
     refusal::{
         refusal,
         Refusal, //
@@ -112,6 +115,48 @@ impl Name {
     }
 }
 
+/// What a request says about the copies of a memory's pages.
+#[derive(Default)]
+pub(crate) struct Cow {
+    /// Most that may be kept, in pages, 0 for any number.
+    limit: Option<u64>,
+    policy: Option<CowPolicy>,
+}
+
+impl Cow {
+    /// From a limit in bytes and a number of `uapi::cow_policy`.
+    pub(crate) fn new(limit: Option<u64>, policy: Option<u64>) -> Result<Self, Refusal> {
+        let policy = match policy.map(u8::try_from) {
+            None => None,
+            Some(Ok(uapi::cow_policy::THROTTLE)) => Some(CowPolicy::Throttle),
+            Some(Ok(uapi::cow_policy::FAIL)) => Some(CowPolicy::Fail),
+            Some(_) => {
+                return Err(refusal!(
+                    EINVAL,
+                    "cow-policy is {} (throttle) or {} (fail)",
+                    uapi::cow_policy::THROTTLE,
+                    uapi::cow_policy::FAIL
+                ))
+            }
+        };
+        Ok(Self {
+            // Part of a page is room for none, but not no limit.
+            limit: limit.map(|bytes| bytes.div_ceil(PAGE_SIZE as u64)),
+            policy,
+        })
+    }
+
+    fn check_unused(&self) -> Result<(), Refusal> {
+        if self.limit.is_some() || self.policy.is_some() {
+            return Err(refusal!(
+                EINVAL,
+                "the domain has no memory to limit copies of"
+            ));
+        }
+        Ok(())
+    }
+}
+
 /// What a command on an epoch has done.
 #[derive(Default)]
 pub(crate) struct Done {
@@ -148,16 +193,28 @@ pub(crate) enum Event {
     BufferHigh,
     /// A packet was dropped because of a limit.
     Overflow,
+    /// Somebody who writes the memory waits for room for a copy.
+    CowWait,
+    /// Epochs were aborted for want of such room.
+    CowAbort,
 }
 
 impl Event {
-    const ALL: [Self; 3] = [Self::OutputPending, Self::BufferHigh, Self::Overflow];
+    const ALL: [Self; 5] = [
+        Self::OutputPending,
+        Self::BufferHigh,
+        Self::Overflow,
+        Self::CowWait,
+        Self::CowAbort,
+    ];
 
     fn command(self) -> u8 {
         match self {
             Self::OutputPending => uapi::cmd::OUTPUT_PENDING,
             Self::BufferHigh => uapi::cmd::BUFFER_HIGH,
             Self::Overflow => uapi::cmd::OVERFLOW,
+            Self::CowWait => uapi::cmd::COW_WAIT,
+            Self::CowAbort => uapi::cmd::COW_ABORT,
         }
     }
 }
@@ -415,16 +472,22 @@ impl Domain {
         view
     }
 
-    /// Changes the limits over all ports, 0 for none, and makes `sender` the owner if it asks for that.
+    /// Changes the limits over all ports, 0 for none, and those of the memory's copies, and makes
+    /// `sender` the owner if it asks for that.
     pub(crate) fn set(
         &self,
         sender: Sender,
         packets: Option<u64>,
         bytes: Option<u64>,
+        cow: Cow,
         own: bool,
     ) -> Result<(), Refusal> {
         let mut state = self.state.lock();
         state.check(sender)?;
+        match self.ram() {
+            Some(ram) => ram.set(cow.limit, cow.policy),
+            None => cow.check_unused()?,
+        }
         if let Some(packets) = packets {
             self.limit_packets.store(packets, Relaxed);
         }
@@ -493,6 +556,16 @@ impl Domain {
         let start = Instant::<Monotonic>::now();
         let mut state = self.state.lock();
         state.check(sender)?;
+        if let Some(lost) = self
+            .ram()
+            .and_then(|ram| ram.lost())
+            .filter(|lost| *lost <= epoch)
+        {
+            return Err(refusal!(
+                EIO,
+                "epoch {lost} lost pages for want of room (cow-limit): abort it"
+            ));
+        }
         state.epochs.commit(epoch).map_err(|r| refused(r, epoch))?;
         let done = state.each_port(epoch, 0, |port| port.committed(epoch));
         if let Some(ram) = self.ram() {
@@ -506,11 +579,28 @@ impl Domain {
         let start = Instant::<Monotonic>::now();
         let mut state = self.state.lock();
         state.check(sender)?;
+        Ok(self.abort_in(&mut state, epoch)?.since(start))
+    }
+
+    fn abort_in(&self, state: &mut State, epoch: u64) -> Result<Done, Refusal> {
         state.epochs.abort(epoch).map_err(|r| refused(r, epoch))?;
         let pages = self.ram().map_or(0, |ram| ram.abort(epoch));
         let newest = state.epochs.newest();
-        let done = state.each_port(epoch, pages, |port| port.aborted(newest));
-        Ok(done.since(start))
+        Ok(state.each_port(epoch, pages, |port| port.aborted(newest)))
+    }
+
+    /// There was no room for a copy: aborts what lost a page by that, and has listeners told.
+    fn out_of_room(self: &Arc<Self>) {
+        let aborted = {
+            let mut state = self.state.lock();
+            let lost = self.ram().and_then(|ram| ram.lost());
+            lost.is_some_and(|epoch| self.abort_in(&mut state, epoch).is_ok())
+        };
+        self.tell(if aborted {
+            Event::CowAbort
+        } else {
+            Event::CowWait
+        });
     }
 
     /// Throws all packets away that are not committed. Epochs stay as they are.
@@ -587,6 +677,20 @@ impl Drop for Domains {
     }
 }
 
+/// The memory with this alarm had no room for a copy. Process context.
+pub(crate) fn out_of_room(alarm: &Arc<Alarm>) {
+    let domains = DOMAINS.lock();
+    let is_its = |ram: &Arc<Ram>| Arc::ptr_eq(ram.alarm(), alarm);
+    let domain = domains
+        .iter()
+        .find(|d| d.ram().is_some_and(is_its))
+        .cloned();
+    drop(domains);
+    if let Some(domain) = domain {
+        domain.out_of_room();
+    }
+}
+
 fn find(domains: &[Arc<Domain>], name: &Name) -> Option<Arc<Domain>> {
     domains.iter().find(|d| d.name == *name).cloned()
 }
@@ -626,7 +730,10 @@ pub(crate) fn closed(socket: Socket) {
 }
 
 /// Creates a domain, with `memory` bytes of memory.
-pub(crate) fn new(name: Name, memory: Option<u64>) -> Result<Arc<Domain>, Refusal> {
+pub(crate) fn new(name: Name, memory: Option<u64>, cow: Cow) -> Result<Arc<Domain>, Refusal> {
+    if memory.is_none() {
+        cow.check_unused()?;
+    }
     if let Some(size) = memory {
         if size == 0 || size % PAGE_SIZE as u64 != 0 {
             return Err(refusal!(
@@ -641,14 +748,6 @@ pub(crate) fn new(name: Name, memory: Option<u64>) -> Result<Arc<Domain>, Refusa
                 uapi::MEMORY_MAX
             ));
         }
-        // It stays resident, so it could never be used; and what is kept about it is in proportion.
-        let total = page::total() * PAGE_SIZE as u64;
-        if size > total {
-            return Err(refusal!(
-                ENOMEM,
-                "memory is more than the {total} bytes that this host has"
-            ));
-        }
     }
     let mut domains = DOMAINS.lock();
     if find(&domains, &name).is_some() {
@@ -660,12 +759,15 @@ pub(crate) fn new(name: Name, memory: Option<u64>) -> Result<Arc<Domain>, Refusa
     }
     domains.reserve(1, GFP_KERNEL)?;
     let domain = Domain::create(name, memory, false)?;
+    if let Some(ram) = domain.ram() {
+        ram.set(cow.limit, cow.policy);
+    }
     // Cannot fail: there is room.
     let _ = domains.push_within_capacity(domain.clone());
     Ok(domain)
 }
 
-/// Deletes a domain that nobody uses.
+/// Deletes a domain that has no port.
 pub(crate) fn delete(name: &Name, sender: Sender) -> Result<(), Refusal> {
     let mut domains = DOMAINS.lock();
     let domain = find(&domains, name)
@@ -681,15 +783,13 @@ pub(crate) fn delete(name: &Name, sender: Sender) -> Result<(), Refusal> {
             "{ports} port(s) still belong to it: tc qdisc del them first"
         ));
     }
-    if domain.ram().is_some_and(|ram| ram.users() > 0) {
-        return Err(refusal!(
-            EBUSY,
-            "its memory is in use: end the virtual machine first"
-        ));
-    }
     domains.retain(|d| !Arc::ptr_eq(d, &domain));
     let device = domain.device.lock().take();
     drop(device);
+    // Whoever has the memory open keeps it. Nobody can ask for its epochs any more.
+    if let Some(ram) = domain.ram() {
+        ram.commit(u64::MAX);
+    }
     netlink::send_gone(name);
     Ok(())
 }

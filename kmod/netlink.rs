@@ -34,12 +34,16 @@ use crate::{
         Name, //
     },
     qdisc::port::Port,
+    ram::CowPolicy,
     refusal::{
         refusal,
         Refusal, //
     },
 };
-use kernel::prelude::*;
+use kernel::{
+    page::PAGE_SIZE,
+    prelude::*, //
+};
 
 /// The family.
 pub(crate) struct Family;
@@ -195,13 +199,17 @@ fn run(request: &Request<'_>, attrs: &Attrs<'_>, ack: &Ack<'_>) -> Result<(), Re
         refusal
     };
     let find = || domain::get(&name).map_err(|r| blame(attr::DOMAIN, r));
+    let number = |n| attrs.get(n).map(|a| a.number());
+    let cow = || {
+        domain::Cow::new(number(attr::COW_LIMIT), number(attr::COW_POLICY))
+            .map_err(|r| blame(attr::COW_POLICY, r))
+    };
     let sender = request.sender();
     // Before anything is done: whoever gets no answer must be sure that nothing was.
     let reply = request.reply()?;
     match request.command() {
         cmd::DOMAIN_NEW => {
-            let memory = attrs.get(attr::MEMORY).map(|a| a.number());
-            let domain = domain::new(name, memory).map_err(|r| {
+            let domain = domain::new(name, number(attr::MEMORY), cow()?).map_err(|r| {
                 let about_name = r.error == EEXIST;
                 blame(
                     if about_name {
@@ -241,11 +249,11 @@ fn run(request: &Request<'_>, attrs: &Attrs<'_>, ack: &Ack<'_>) -> Result<(), Re
         }
         cmd::DOMAIN_SET => {
             let domain = find()?;
-            let number = |n| attrs.get(n).map(|a| a.number());
             domain.set(
                 sender,
                 number(attr::LIMIT_PACKETS),
                 number(attr::LIMIT_BYTES),
+                cow()?,
                 attrs.get(attr::OWN).is_some(),
             )?;
             reply.send(|m| put_domain(m, &domain))?;
@@ -289,7 +297,17 @@ fn put_domain(message: &mut Message<'_>, domain: &Domain) -> Result {
         message.put_string(attr::DEVICE, &device[..directory.len() + name.len()])?;
         message.put_uint(attr::DIRTY_PAGES, counts.dirty)?;
         message.put_uint(attr::RESIDENT_PAGES, counts.resident)?;
-        message.put_uint(attr::SNAPSHOT_PAGES, counts.snapshot)?;
+        message.put_uint(attr::MEMORY_USERS, ram.users().unsigned_abs())?;
+        message.put_uint(attr::SNAPSHOT_PAGES, counts.copies)?;
+        message.put_uint(attr::COW_LIMIT, counts.limit * PAGE_SIZE as u64)?;
+        let policy = match counts.policy {
+            CowPolicy::Throttle => uapi::cow_policy::THROTTLE,
+            CowPolicy::Fail => uapi::cow_policy::FAIL,
+        };
+        message.put_uint(attr::COW_POLICY, policy.into())?;
+        message.put_uint(attr::COW_PEAK, counts.copies_peak)?;
+        message.put_uint(attr::COW_COPIES, counts.copies_made)?;
+        message.put_uint(attr::COW_WAITS, counts.waits)?;
     }
     Ok(())
 }

@@ -8,33 +8,48 @@
 //! epoch's content would be lost. Every way to write ends there: a vCPU, the VMM, vhost, any process
 //! that maps the device, direct I/O (which faults the page in for writing), `pwrite`.
 //!
-//! Lock order: `mmap_lock`, `Ram::state`, page lock, `i_mmap_rwsem`, page table lock. The page lock
-//! is held from `will_write` until the page is writable in the faulting page table, and by `seal`
-//! while it write-protects the page, so a seal sees each write on one side or the other. `state` is
-//! held by a seal from beginning to end: no write-protected page becomes writable meanwhile, and what
-//! is still writable is still in the sealed epoch. So the snapshot is one instant's, the seal's end,
-//! even if something that was not paused writes during it.
+//! Lock order: `mmap_lock`, [`Ram::state`], page lock, `i_mmap_rwsem`, page table lock; [`Ram::room`]
+//! and [`Ram::blocks`] have none inside.
+//!
+//! Faults and readers share `state`; a seal, a commit and an abort have it alone. The page lock is held
+//! from `will_write` until the page is writable in the faulting page table. So once a seal has `state`
+//! and has seen a page unlocked, every write to it is on one side or the other: it finds the page
+//! writable, or the writer waits for `state`. No write-protected page becomes writable meanwhile, and
+//! what is still writable is still in the sealed epoch. So the snapshot is one instant's, the seal's
+//! end, even if something that was not paused writes during it.
 
 use crate::{
     abi::{
+        array::Array,
+        cancelled,
+        cond_resched,
+        is_signalled,
+        memcg::Memcg,
         page::{
+            Block,
             Page,
-            PageLock, //
+            PageLock,
+            PageRef, //
         },
         ramdev::{
+            view_offset,
             Mapping,
             Memory,
             Operations,
-            Registration, //
+            Registration,
+            View,
+            Write, //
         },
+        rwsem::RwSem,
+        stale,
+        workqueue, //
     },
     core::{
-        dirty::{
-            self,
-            Dirty, //
-        },
+        dirty,
         uapi::ram as uapi, //
     },
+    domain,
+    pageset::PageSet,
     refusal::{
         refusal,
         Refusal, //
@@ -42,8 +57,11 @@ use crate::{
     THIS_MODULE,
 };
 use kernel::{
-    alloc::AllocError,
+    alloc::flags::GFP_KERNEL_ACCOUNT,
+    impl_has_work,
+    new_condvar,
     new_mutex,
+    new_work,
     page::PAGE_SIZE,
     prelude::*,
     sync::{
@@ -52,52 +70,120 @@ use kernel::{
             Relaxed, //
         },
         Arc,
+        CondVar,
+        CondVarTimeoutResult,
         Mutex, //
     },
-    uaccess::UserSlice,
-    xarray::{
-        AllocKind,
-        XArray, //
+    time::{
+        delay::fsleep,
+        msecs_to_jiffies,
+        Delta, //
     },
+    transmute::{
+        AsBytes,
+        FromBytes, //
+    },
+    uaccess::UserSlice,
+    workqueue::{
+        Work,
+        WorkItem, //
+    }, //
 };
 
 static OPERATIONS: Operations<Ram> = Operations::new(&THIS_MODULE);
 
-type PageSet = Dirty<KVVec<u64>>;
+/// Memory is taken from the host in neighbouring pages, 2 to the power of this, so that a seal can
+/// write-protect them by one call.
+const BLOCK_ORDER: u32 = 4;
+
+/// Write-protecting so many pages in vain costs less than another call: `make bench-ram` measures both.
+const GAP: u64 = 2;
+
+/// Pages that one call write-protects at most, so that a seal can be preempted.
+const RUN: u64 = 512;
+
+/// How long a writer waits for room before it faults again, so that it can be killed: so many glances,
+/// this far apart.
+const PATIENCE: u32 = 100;
+const GLANCE_MS: u32 = 10;
+
+/// Which pages an epoch has written, and what its hand-off mapping shows.
+pub(crate) struct Bitmap {
+    set: PageSet,
+    /// What it takes to have a bit for every page of the memory, in pages.
+    pages: u64,
+    /// Where nothing was written.
+    empty: Page,
+}
+
+impl View for Bitmap {
+    fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    fn page(&self, index: u64) -> Result<Page> {
+        let words = self.set.words(index);
+        Ok(words.map_or_else(|| self.empty.share(), |words| words.page().share()))
+    }
+}
 
 /// A sealed epoch.
-struct Sealed {
+pub(crate) struct Sealed {
     epoch: u64,
-    dirty: PageSet,
+    dirty: Arc<Bitmap>,
     /// Content at the seal of pages in `dirty` that were written again since.
-    copies: Pin<KBox<XArray<Page>>>,
-    copied: u64,
+    copies: Pin<KBox<Array<Page>>>,
+    copied: Atomic<u64>,
+    /// Pages that were read out: their content is not needed any more.
+    read: PageSet,
+    /// Whether a page was written again before it was read, with no room for a copy.
+    lost: Atomic<bool>,
 }
 
 struct State {
-    /// Pages that exist.
-    resident: PageSet,
-    /// Pages written in the open epoch.
-    dirty: PageSet,
+    /// Pages written in the open epoch. It has room for those of every sealed one.
+    open: Arc<Bitmap>,
     /// Oldest first.
-    sealed: KVec<Sealed>,
+    sealed: KVec<Arc<Sealed>>,
 }
 
 impl State {
     /// The sealed epoch with this number.
-    fn sealed(&self, epoch: u64) -> Result<&Sealed> {
+    fn sealed(&self, epoch: u64) -> Result<&Arc<Sealed>> {
         self.sealed.iter().find(|s| s.epoch == epoch).ok_or(ENOENT)
+    }
+
+    /// Whether a page may have been written after the seal of `epoch`.
+    fn written_since(&self, epoch: u64, page: u64) -> bool {
+        let mut later = self.sealed.iter().rev().take_while(|s| s.epoch > epoch);
+        self.open.set.contains(page) || later.any(|s| s.dirty.set.contains(page))
     }
 }
 
-/// Counters of a domain's memory, in pages.
+/// What to do when there is no room for another copy.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum CowPolicy {
+    /// Who writes waits until the page was read out, or its epoch is committed or aborted.
+    Throttle,
+    /// The epoch is aborted.
+    Fail,
+}
+
+/// Counters of a domain's memory, in pages unless they say otherwise.
 pub(crate) struct Counts {
     /// Written in the open epoch.
     pub(crate) dirty: u64,
     /// Existing.
     pub(crate) resident: u64,
-    /// Copies kept for sealed epochs.
-    pub(crate) snapshot: u64,
+    /// Copies kept for sealed epochs, now, at most so far, and all that were ever made.
+    pub(crate) copies: u64,
+    pub(crate) copies_peak: u64,
+    pub(crate) copies_made: u64,
+    /// How often somebody waited for room for a copy, in times.
+    pub(crate) waits: u64,
+    /// Copies that may be kept, 0 for any number, and what happens beyond.
+    pub(crate) limit: u64,
+    pub(crate) policy: CowPolicy,
 }
 
 /// A domain's memory.
@@ -106,31 +192,98 @@ pub(crate) struct Ram {
     size: u64,
     mapping: Mapping,
     users: Atomic<i64>,
+    /// Who made the domain pays for what is kept about its memory; who touches a page, for the page.
+    payer: Memcg,
+    /// What a bitmap shows where nothing was written.
+    empty: Page,
     #[pin]
-    pages: XArray<Page>,
+    pages: Array<Page>,
+    /// Pages that somebody touched. Others in `pages` only have neighbours that somebody did.
+    resident: PageSet,
+    /// Held while a block of pages is added.
     #[pin]
-    state: Mutex<State>,
+    blocks: Mutex<()>,
+    #[pin]
+    state: RwSem<State>,
+    copies: Atomic<u64>,
+    copies_peak: Atomic<u64>,
+    copies_made: Atomic<u64>,
+    limit: Atomic<u64>,
+    fails: Atomic<bool>,
+    waits: Atomic<u64>,
+    /// Goes up whenever there may be room for a copy, or one less that is needed.
+    turn: Atomic<u64>,
+    #[pin]
+    room: Mutex<()>,
+    #[pin]
+    room_made: CondVar,
+    alarm: Arc<Alarm>,
+}
+
+/// Has the domain know that there was no room for a copy.
+#[pin_data]
+pub(crate) struct Alarm {
+    #[pin]
+    work: Work<Alarm>,
+}
+
+impl_has_work! {
+    impl HasWork<Self> for Alarm { self.work }
+}
+
+impl WorkItem for Alarm {
+    type Pointer = Arc<Self>;
+
+    fn run(this: Arc<Self>) {
+        domain::out_of_room(&this);
+    }
 }
 
 impl Ram {
     /// Memory of `size` bytes, a multiple of the page size.
     pub(crate) fn new(size: u64) -> Result<Arc<Self>, Refusal> {
-        let pages = size / PAGE_SIZE as u64;
-        let state = State {
-            resident: page_set(pages)?,
-            dirty: page_set(pages)?,
-            sealed: KVec::new(),
-        };
+        let payer = Memcg::current();
+        let _charge = payer.charge();
+        let empty = Page::alloc()?;
+        empty.lock().clear();
+        let open = open_set(size / PAGE_SIZE as u64, &empty)?;
+        let resident = PageSet::new()?;
         let mapping = Mapping::new(c"[remus]")?;
+        let alarm = Arc::pin_init(
+            pin_init!(Alarm { work <- new_work!("remus_alarm") }),
+            GFP_KERNEL_ACCOUNT,
+        )?;
+        let paying = Memcg::current();
         Ok(Arc::pin_init(
             pin_init!(Self {
                 size,
                 mapping,
                 users: Atomic::new(0),
-                pages <- XArray::new(AllocKind::Alloc),
-                state <- new_mutex!(state, "remus_ram"),
+                payer: paying,
+                empty,
+                pages <- Array::new(),
+                resident,
+                blocks <- new_mutex!((), "remus_blocks"),
+                state <- RwSem::new(
+                    State {
+                        open,
+                        sealed: KVec::new(),
+                    },
+                    c"remus_ram",
+                    kernel::static_lock_class!(),
+                ),
+                copies: Atomic::new(0),
+                copies_peak: Atomic::new(0),
+                copies_made: Atomic::new(0),
+                limit: Atomic::new(0),
+                fails: Atomic::new(false),
+                waits: Atomic::new(0),
+                turn: Atomic::new(0),
+                room <- new_mutex!((), "remus_room"),
+                room_made <- new_condvar!("remus_room"),
+                alarm,
             }),
-            GFP_KERNEL,
+            GFP_KERNEL_ACCOUNT,
         )?)
     }
 
@@ -151,21 +304,41 @@ impl Ram {
 
     /// Counters now.
     pub(crate) fn counts(&self) -> Counts {
-        let state = self.state.lock();
         Counts {
-            dirty: state.dirty.count(),
-            resident: state.resident.count(),
-            snapshot: state.sealed.iter().map(|s| s.copied).sum(),
+            dirty: self.state.read().open.set.count(),
+            resident: self.resident.count(),
+            copies: self.copies.load(Relaxed),
+            copies_peak: self.copies_peak.load(Relaxed),
+            copies_made: self.copies_made.load(Relaxed),
+            waits: self.waits.load(Relaxed),
+            limit: self.limit.load(Relaxed),
+            policy: if self.fails.load(Relaxed) {
+                CowPolicy::Fail
+            } else {
+                CowPolicy::Throttle
+            },
         }
+    }
+
+    /// Changes how many copies may be kept, 0 for any number, and what happens beyond.
+    pub(crate) fn set(&self, limit: Option<u64>, policy: Option<CowPolicy>) {
+        if let Some(limit) = limit {
+            self.limit.store(limit, Relaxed);
+        }
+        if let Some(policy) = policy {
+            self.fails.store(policy == CowPolicy::Fail, Relaxed);
+        }
+        self.wake();
     }
 
     /// Seals the open epoch as `epoch`; with `full`, as if every existing page had been written in
     /// it, which is refused while older epochs wait (their content would be missed). Returns the
     /// number of pages in it. After an error the open epoch is as before.
     pub(crate) fn seal(&self, epoch: u64, full: bool) -> Result<u64, Refusal> {
-        let new = page_set(self.pages())?;
-        let copies = KBox::pin_init(XArray::new(AllocKind::Alloc), GFP_KERNEL)?;
-        let mut guard = self.state.lock();
+        let _charge = self.payer.charge();
+        let new = open_set(self.pages(), &self.empty)?;
+        let (copies, read) = (KBox::pin_init(Array::new(), GFP_KERNEL)?, PageSet::new()?);
+        let mut guard = self.state.write();
         let state = &mut *guard;
         if full && !state.sealed.is_empty() {
             return Err(refusal!(
@@ -174,41 +347,81 @@ impl Ram {
             ));
         }
         state.sealed.reserve(1, GFP_KERNEL)?;
-        let mut sealed = Sealed {
-            epoch,
-            dirty: core::mem::replace(&mut state.dirty, new),
-            copies,
-            copied: 0,
-        };
-        if let Err(error) = self.protect(&mut sealed, &mut state.dirty) {
-            // What is write-protected already is written into this set again when it faults.
-            state.dirty.merge(&sealed.dirty);
+        // An abort must not fail for want of memory.
+        for older in &state.sealed {
+            new.set.make_room(&older.dirty.set)?;
+        }
+        new.set.make_room(&state.open.set)?;
+        if full {
+            new.set.make_room(&self.resident)?;
+            state.open.set.make_room(&self.resident)?;
+        }
+        let sealed = Arc::new(
+            Sealed {
+                epoch,
+                dirty: state.open.clone(),
+                copies,
+                copied: Atomic::new(0),
+                read,
+                lost: Atomic::new(false),
+            },
+            GFP_KERNEL,
+        )?;
+        if let Err(error) = self.protect(&sealed, &new.set) {
+            // It stays the open one. What is write-protected already is written into it again.
+            self.forget(&sealed);
             return Err(error);
         }
         if full {
-            sealed.dirty.merge(&state.resident);
+            sealed.dirty.set.merge(&self.resident);
         }
-        let count = sealed.dirty.count();
+        let count = sealed.dirty.set.count();
+        state.open = new;
         // Cannot fail: there is room.
         let _ = state.sealed.push_within_capacity(sealed);
         Ok(count)
     }
 
-    /// Write-protects the pages of `sealed`. A page that may be written without a fault, because
-    /// somebody holds it for direct access, is copied now and belongs to `open` as well.
-    fn protect(&self, sealed: &mut Sealed, open: &mut PageSet) -> Result<(), Refusal> {
-        let mut from = 0;
-        while let Some(index) = sealed.dirty.next(from) {
-            from = index + 1;
-            let Some(page) = self.resident_page(index) else {
+    /// Write-protects the pages of `sealed`: neighbours, in the memory and physically, by one call. A page
+    /// that may be written without a fault, because somebody holds it for direct access, is copied now
+    /// and belongs to `open` as well. `state` is held alone.
+    fn protect(&self, sealed: &Sealed, open: &PageSet) -> Result<(), Refusal> {
+        let dirty = &sealed.dirty.set;
+        let mut next = dirty.next(0);
+        while let Some(first) = next {
+            let Some(page) = self.pages.get(first) else {
+                next = dirty.next(first + 1);
                 continue;
             };
-            let lock = page.lock();
-            self.mapping.write_protect(index, &lock)?;
-            if lock.maybe_pinned() {
-                sealed.keep(index, &lock)?;
-                open.insert(index);
+            page.wait_unlocked();
+            let (pfn, mut end) = (page.pfn(), first + 1);
+            next = loop {
+                let Some(found) = dirty.next(end) else {
+                    break None;
+                };
+                let neighbour = |page: &PageRef<'_>| page.pfn() == pfn + (found - first) as usize;
+                if found - end > GAP || found - first >= RUN {
+                    break Some(found);
+                }
+                match self.pages.get(found).filter(neighbour) {
+                    Some(page) => page.wait_unlocked(),
+                    None => break Some(found),
+                }
+                end = found + 1;
+            };
+            self.mapping.write_protect(first, pfn, end - first)?;
+            let mut index = first;
+            while let Some(found) = dirty.next(index).filter(|found| *found < end) {
+                if let Some(page) = self.pages.get(found) {
+                    let lock = page.lock();
+                    if lock.maybe_held() {
+                        open.insert(found)?;
+                        self.keep(sealed, found, &lock)?;
+                    }
+                }
+                index = found + 1;
             }
+            cond_resched();
         }
         Ok(())
     }
@@ -218,14 +431,15 @@ impl Ram {
         loop {
             // One at a time, and freed without the lock: faults go on meanwhile.
             let gone = {
-                let mut state = self.state.lock();
+                let mut state = self.state.write();
                 match state.sealed.first() {
                     Some(first) if first.epoch <= epoch => state.sealed.remove(0).ok(),
                     _ => None,
                 }
             };
-            if gone.is_none() {
-                return;
+            match gone {
+                Some(gone) => self.forget(&gone),
+                None => return,
             }
         }
     }
@@ -236,7 +450,7 @@ impl Ram {
         let mut pages = 0;
         loop {
             let gone = {
-                let mut guard = self.state.lock();
+                let mut guard = self.state.write();
                 let state = &mut *guard;
                 match state.sealed.last() {
                     Some(last) if last.epoch >= epoch => {}
@@ -244,116 +458,215 @@ impl Ram {
                 }
                 let gone = state.sealed.pop();
                 if let Some(gone) = &gone {
-                    pages += gone.dirty.count();
-                    state.dirty.merge(&gone.dirty);
+                    pages += gone.dirty.set.count();
+                    state.open.set.merge(&gone.dirty.set);
                 }
                 gone
             };
-            drop(gone);
+            if let Some(gone) = gone {
+                self.forget(&gone);
+            }
         }
     }
 
-    /// The page with this number, if it exists.
-    fn resident_page(&self, index: u64) -> Option<Page> {
-        self.pages
-            .lock()
-            .get(index as usize)
-            .map(|page| page.share())
+    /// The oldest sealed epoch that has lost a page, if there is one.
+    pub(crate) fn lost(&self) -> Option<u64> {
+        let state = self.state.read();
+        let lost = state.sealed.iter().find(|s| s.lost.load(Relaxed));
+        lost.map(|s| s.epoch)
     }
 
-    /// Finds the next page of a sealed epoch, from `cursor` on, and its content at the seal.
-    fn snapshot(
-        &self,
-        epoch: u64,
-        cursor: u64,
-        content: &mut [u8; PAGE_SIZE],
-    ) -> Result<Option<u64>> {
-        let state = self.state.lock();
-        let sealed = state.sealed(epoch)?;
-        let Some(index) = sealed.dirty.next(cursor) else {
-            return Ok(None);
+    /// The copies of a sealed epoch go, as soon as nobody reads them any more.
+    fn forget(&self, gone: &Sealed) {
+        self.copies.fetch_sub(gone.copied.load(Relaxed), Relaxed);
+        self.wake();
+    }
+
+    /// Keeps the content of a page for `sealed`, unless that was done before. Called with the page's lock
+    /// held, so that nobody else does.
+    fn keep(&self, sealed: &Sealed, index: u64, page: &PageLock<'_>) -> Result {
+        if sealed.copies.get(index).is_some() {
+            return Ok(());
+        }
+        let _charge = self.payer.charge();
+        sealed.copies.insert(index, page.copy()?)?;
+        sealed.copied.fetch_add(1, Relaxed);
+        self.copies_made.fetch_add(1, Relaxed);
+        let copies = self.copies.fetch_add(1, Relaxed) + 1;
+        // Not exact when two make a copy at once, but never too high.
+        if copies > self.copies_peak.load(Relaxed) {
+            self.copies_peak.store(copies, Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Whether another copy is too many.
+    fn is_full(&self) -> bool {
+        let limit = self.limit.load(Relaxed);
+        limit != 0 && self.copies.load(Relaxed) >= limit
+    }
+
+    /// Who waits for room may look again.
+    fn wake(&self) {
+        self.turn.fetch_add(1, Relaxed);
+        self.room_made.notify_all();
+    }
+
+    fn raise_alarm(&self) {
+        if let Some(queue) = workqueue::queue() {
+            // If it is queued already it has not begun, and will see this, too.
+            let _ = queue.enqueue(self.alarm.clone());
+        }
+    }
+
+    /// What tells the domain.
+    pub(crate) fn alarm(&self) -> &Arc<Alarm> {
+        &self.alarm
+    }
+
+    /// Adds the pages of the block around `index`, or this one if there is no memory for so many.
+    fn add_block(&self, index: u64) -> Result {
+        let _blocks = self.blocks.lock();
+        let mut order = BLOCK_ORDER;
+        loop {
+            if self.pages.get(index).is_some() {
+                return Ok(());
+            }
+            let first = index & !((1 << order) - 1);
+            let taken = self
+                .pages
+                .next(first)
+                .is_some_and(|(next, _)| next < first + (1 << order));
+            if order > 0 && (taken || first + (1 << order) > self.pages()) {
+                order = 0;
+                continue;
+            }
+            match Block::alloc(order) {
+                Ok(block) => {
+                    for (page, number) in block.zip(first..) {
+                        self.pages.insert(number, page)?;
+                    }
+                    return Ok(());
+                }
+                Err(_) if order > 0 => order = 0,
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// The page with this number, made if it is touched for the first time.
+    fn touch(&self, index: u64) -> Result<PageRef<'_>> {
+        loop {
+            let Some(page) = self.pages.get(index) else {
+                self.add_block(index)?;
+                continue;
+            };
+            if self.resident.contains(index) {
+                return Ok(page);
+            }
+            let lock = page.lock();
+            // Somebody else may have been faster, and have written since.
+            if !self.resident.contains(index) {
+                lock.clear();
+                let _charge = self.payer.charge();
+                self.resident.insert(index)?;
+            }
+            drop(lock);
+            return Ok(page);
+        }
+    }
+
+    /// Copies the content of a page at the seal of `sealed` to user space.
+    fn deliver(&self, sealed: &Sealed, index: u64, to: UserPtr) -> Result {
+        let copy = |to| match sealed.copies.get(index) {
+            Some(page) => page.read_to_user(to).map(|()| true),
+            None => Ok(false),
         };
-        let copy = sealed
-            .copies
-            .lock()
-            .get(index as usize)
-            .map(|page| page.share());
-        match copy.or_else(|| self.resident_page(index)) {
-            // Without a copy it was not written since, and cannot be while `state` is held.
-            Some(page) => page.read(content),
-            None => content.fill(0),
+        if copy(to)? {
+            return Ok(());
         }
-        Ok(Some(index))
+        // Nobody keeps it from being written meanwhile: that would be seen below, and there would be a
+        // copy then.
+        self.touch(index)?.read_to_user(to)?;
+        kernel::sync::barrier::smp_rmb();
+        let written = {
+            let state = self.state.read();
+            state.sealed(sealed.epoch)?;
+            state.written_since(sealed.epoch, index)
+        };
+        if sealed.lost.load(Relaxed) {
+            return Err(cancelled());
+        }
+        if written && !copy(to)? {
+            // It was read out before, and written then.
+            return Err(stale());
+        }
+        Ok(())
     }
 
     /// [`uapi::READ`].
-    fn read_sealed(&self, argument: usize) -> Result<isize> {
-        const FIELDS: usize = 4;
-        let user = UserSlice::new(
-            UserPtr::from_addr(argument),
-            core::mem::size_of::<uapi::Read>(),
-        );
-        let (mut input, mut output) = user.reader_writer();
-        let mut fields = [0u64; FIELDS];
-        for field in &mut fields {
-            *field = input.read::<u64>()?;
-        }
-        // The last two fields are 32 bits each.
-        let [epoch, mut cursor, buffer, length_and_count] = fields;
-        let room = (length_and_count as u32) as usize / uapi::RECORD_SIZE;
-        if room == 0 {
+    fn read_sealed(&self, argument: UserPtr) -> Result<isize> {
+        let mut call: uapi::Read = read_argument(argument)?;
+        let room = call.length / uapi::RECORD_SIZE as u32;
+        if room == 0 || call.flags & !uapi::KEEP != 0 || call.reserved != 0 {
             return Err(EINVAL);
         }
-        let mut user = UserSlice::new(
-            UserPtr::from_addr(usize::try_from(buffer)?),
-            room * uapi::RECORD_SIZE,
-        )
-        .writer();
-        let mut content = KBox::new([0; PAGE_SIZE], GFP_KERNEL)?;
-        let mut count = 0u64;
-        while count < room as u64 {
-            let Some(index) = self.snapshot(epoch, cursor, &mut content)? else {
-                cursor = uapi::END;
-                break;
+        let sealed = self.state.read().sealed(call.epoch)?.clone();
+        let buffer = UserPtr::from_addr(usize::try_from(call.buffer)?);
+        call.count = 0;
+        let end = loop {
+            let Some(index) = sealed.dirty.set.next(call.cursor).filter(|n| *n < call.end) else {
+                call.cursor = uapi::END;
+                break Ok(());
             };
-            user.write_slice(&index.to_le_bytes())?;
-            user.write_slice(&content[..])?;
-            count += 1;
-            cursor = index + 1;
-        }
-        if count == room as u64 {
-            // So that the caller need not ask again in vain.
-            let state = self.state.lock();
-            let sealed = state.sealed(epoch)?;
-            if sealed.dirty.next(cursor).is_none() {
-                cursor = uapi::END;
+            // Here, so that the caller need not ask again in vain if this was all.
+            if call.count == room {
+                break Ok(());
             }
+            let record = buffer.wrapping_byte_add(call.count as usize * uapi::RECORD_SIZE);
+            let done = UserSlice::new(record, 8)
+                .writer()
+                .write(&index.to_le())
+                .and_then(|()| self.deliver(&sealed, index, record.wrapping_byte_add(8)));
+            if let Err(error) = done {
+                break Err(error);
+            }
+            if call.flags & uapi::KEEP == 0 {
+                // Without memory for the mark it is only copied once too often.
+                let _charge = self.payer.charge();
+                let _ = sealed.read.insert(index);
+                self.wake();
+            }
+            call.count += 1;
+            call.cursor = index + 1;
+            cond_resched();
+            if is_signalled() {
+                break Ok(());
+            }
+        };
+        match end {
+            // Who has some records must be told, for they count as read out. The next call says what is wrong.
+            Err(error) if call.count == 0 => Err(error),
+            _ => write_argument(argument, &call),
         }
-        let length = length_and_count & u64::from(u32::MAX);
-        for field in [epoch, cursor, buffer, length | count << 32] {
-            output.write(&field)?;
-        }
-        Ok(0)
     }
-}
 
-impl Sealed {
-    /// Keeps the content of a page, unless that was done before.
-    fn keep(&mut self, index: u64, page: &PageLock<'_>) -> Result<(), AllocError> {
-        if self.copies.lock().get(index as usize).is_some() {
-            return Ok(());
-        }
-        let copy = page.copy()?;
-        self.copies
-            .lock()
-            .store(index as usize, copy, GFP_KERNEL)
-            .map_err(|_| AllocError)?;
-        self.copied += 1;
-        Ok(())
+    /// [`uapi::BITMAP`].
+    fn bitmap(&self, argument: UserPtr) -> Result<isize> {
+        let mut call: uapi::Bitmap = read_argument(argument)?;
+        let state = self.state.read();
+        let bitmap = &state.sealed(call.epoch)?.dirty;
+        call.offset = view_offset(view_number(call.epoch));
+        call.length = bitmap.pages * PAGE_SIZE as u64;
+        call.pages = bitmap.set.count();
+        drop(state);
+        write_argument(argument, &call)
     }
 }
 
 impl Memory for Ram {
+    type View = Bitmap;
+
     fn pages(&self) -> u64 {
         self.size / PAGE_SIZE as u64
     }
@@ -362,45 +675,71 @@ impl Memory for Ram {
         &self.mapping
     }
 
-    fn page(&self, index: u64) -> Result<Page> {
-        if let Some(page) = self.resident_page(index) {
-            return Ok(page);
-        }
-        let new = Page::zeroed()?;
-        let mut state = self.state.lock();
-        // Somebody else may have made it meanwhile.
-        if let Some(page) = self.resident_page(index) {
-            return Ok(page);
-        }
-        self.pages
-            .lock()
-            .store(index as usize, new.share(), GFP_KERNEL)
-            .map_err(|e| e.error)?;
-        state.resident.insert(index);
-        Ok(new)
+    fn view(&self, number: u64) -> Option<Arc<Bitmap>> {
+        let state = self.state.read();
+        let sealed = state
+            .sealed
+            .iter()
+            .find(|s| view_number(s.epoch) == number)?;
+        Some(sealed.dirty.clone())
     }
 
-    fn will_write<'a>(&self, index: u64, page: &'a Page) -> Result<PageLock<'a>> {
-        let mut guard = self.state.lock();
-        let state = &mut *guard;
+    fn page(&self, index: u64) -> Result<Page> {
+        self.touch(index).map(|page| page.share())
+    }
+
+    fn will_write<'a>(&self, index: u64, page: &'a Page) -> Result<Write<'a>> {
+        let turn = self.turn.load(Relaxed);
+        let state = self.state.read();
         let lock = page.lock();
         // The content until now is that of the newest sealed epoch that the page is in; if that has
         // a copy already, the page was written since. Older epochs got their copy when it was.
-        if let Some(sealed) = state
-            .sealed
-            .iter_mut()
-            .rev()
-            .find(|s| s.dirty.contains(index))
-        {
-            sealed.keep(index, &lock)?;
+        let mut sealed = state.sealed.iter().rev();
+        if let Some(sealed) = sealed.find(|s| s.dirty.set.contains(index)) {
+            let needed = !sealed.read.contains(index) && !state.written_since(sealed.epoch, index);
+            if !needed {
+                // Nothing would be lost.
+            } else if !self.is_full() {
+                self.keep(sealed, index, &lock)?;
+            } else if self.fails.load(Relaxed) {
+                if !sealed.lost.xchg(true, Relaxed) {
+                    self.raise_alarm();
+                }
+            } else {
+                return Ok(Write::Wait(turn));
+            }
         }
-        state.dirty.insert(index);
-        Ok(lock)
+        let _charge = self.payer.charge();
+        state.open.set.insert(index)?;
+        Ok(Write::Ready(lock))
+    }
+
+    fn wait(&self, turn: u64) {
+        self.waits.fetch_add(1, Relaxed);
+        self.raise_alarm();
+        let mut guard = self.room.lock();
+        for _ in 0..PATIENCE {
+            if self.turn.load(Relaxed) != turn {
+                return;
+            }
+            match self
+                .room_made
+                .wait_interruptible_timeout(&mut guard, msecs_to_jiffies(GLANCE_MS))
+            {
+                CondVarTimeoutResult::Signal { .. } => break,
+                _ => {}
+            }
+        }
+        drop(guard);
+        // A signal that does not end the process leaves it with the same fault: not at full speed.
+        fsleep(Delta::from_millis(1));
     }
 
     fn ioctl(&self, command: u32, argument: usize) -> Result<isize> {
+        let argument = UserPtr::from_addr(argument);
         match command {
             uapi::READ => self.read_sealed(argument),
+            uapi::BITMAP => self.bitmap(argument),
             _ => Err(ENOTTY),
         }
     }
@@ -414,11 +753,30 @@ impl Memory for Ram {
     }
 }
 
-fn page_set(pages: u64) -> Result<PageSet, AllocError> {
-    let words = usize::try_from(dirty::words(pages)).map_err(|_| AllocError)?;
-    // A size that cannot be had is the caller's mistake, not worth a warning in the log.
-    Ok(Dirty::new(
-        KVVec::from_elem(0, words, GFP_KERNEL | __GFP_NOWARN)?,
-        pages,
-    ))
+/// An empty set, for a memory of so many pages.
+fn open_set(pages: u64, empty: &Page) -> Result<Arc<Bitmap>> {
+    let bitmap = Bitmap {
+        set: PageSet::new()?,
+        pages: pages.div_ceil(dirty::PAGES),
+        empty: empty.share(),
+    };
+    Ok(Arc::new(bitmap, GFP_KERNEL)?)
+}
+
+/// The number of an epoch's view. Two that are outstanding at once never share one.
+fn view_number(epoch: u64) -> u64 {
+    epoch & u64::from(u32::MAX)
+}
+
+fn read_argument<T: FromBytes>(argument: UserPtr) -> Result<T> {
+    UserSlice::new(argument, core::mem::size_of::<T>())
+        .reader()
+        .read()
+}
+
+fn write_argument<T: AsBytes>(argument: UserPtr, value: &T) -> Result<isize> {
+    UserSlice::new(argument, core::mem::size_of::<T>())
+        .writer()
+        .write(value)?;
+    Ok(0)
 }

@@ -32,6 +32,7 @@ mod core {
 }
 mod domain;
 mod netlink;
+mod pageset;
 #[path = "../qdisc/mod.rs"]
 mod qdisc;
 mod ram;

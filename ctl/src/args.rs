@@ -4,7 +4,8 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::{Deserialize, Serialize};
 
 use crate::config::Size;
 
@@ -111,6 +112,9 @@ pub enum Domain {
         /// A network interface of it; may be repeated.
         #[arg(long = "port", value_name = "DEV")]
         ports: Vec<String>,
+        /// Its limits.
+        #[command(flatten)]
+        limits: Limits,
         /// File that describes it.
         #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "ports"])]
         config: Option<PathBuf>,
@@ -132,11 +136,59 @@ pub enum Domain {
         #[arg(short, long)]
         json: bool,
     },
+    /// Change the limits of a domain; what is not named stays.
+    Set {
+        /// Its name.
+        name: String,
+        /// Its limits.
+        #[command(flatten)]
+        limits: Limits,
+        /// Print JSON.
+        #[arg(short, long)]
+        json: bool,
+    },
     /// Delete a domain; packets that it holds are dropped.
     Del {
         /// Its name.
         name: String,
+        /// Also if a virtual machine runs on its memory, which then cannot be protected any more.
+        #[arg(short = 'F', long)]
+        force: bool,
     },
+}
+
+/// Limits of a domain; 0 is no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Args)]
+pub struct Limits {
+    /// Most packets that its ports hold together.
+    #[arg(long, value_name = "N")]
+    pub limit_packets: Option<u64>,
+    /// Most memory that these may take, such as 64M.
+    #[arg(long, value_name = "SIZE", value_parser = limit)]
+    pub limit_bytes: Option<u64>,
+    /// Most memory for old contents of pages that were written again before they were read, such as 64M.
+    #[arg(long, value_name = "SIZE", value_parser = limit)]
+    pub cow_limit: Option<u64>,
+    /// What happens beyond that: the guest waits, or the epoch fails.
+    #[arg(long, value_name = "POLICY")]
+    pub cow_policy: Option<CowPolicy>,
+}
+
+/// What happens when there is no room for the old content of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum CowPolicy {
+    /// The writer waits until the page was read out.
+    Throttle,
+    /// The epoch is aborted.
+    Fail,
+}
+
+fn limit(text: &str) -> anyhow::Result<u64> {
+    if text == "0" {
+        return Ok(0);
+    }
+    text.parse::<Size>().map(|size| size.0)
 }
 
 /// Arguments of `protect`.

@@ -9,6 +9,8 @@ use anyhow::{bail, Context, Result};
 use remus_core::uapi::{self, ram::PAGE_SIZE};
 use serde::Deserialize;
 
+use crate::args::{CowPolicy, Limits};
+
 /// A domain.
 ///
 /// ```toml
@@ -35,6 +37,10 @@ pub struct Config {
     pub interval_ms: Option<u64>,
     /// Silence after which the other host counts as dead, in milliseconds.
     pub timeout_ms: Option<u64>,
+    /// Most memory for old contents of pages that were written again before they were read.
+    pub cow_limit: Option<Size>,
+    /// What happens beyond that, `"throttle"` (the guest waits) or `"fail"` (the epoch is aborted).
+    pub cow_policy: Option<CowPolicy>,
     /// Where the standby listens, `ADDRESS[:PORT]`.
     pub listen: Option<String>,
     /// How to start the virtual machine.
@@ -82,6 +88,15 @@ impl Config {
         let text = fs::read_to_string(path)
             .with_context(|| format!("cannot read the configuration {}", path.display()))?;
         Self::parse(&text).with_context(|| format!("configuration {}", path.display()))
+    }
+
+    /// Its limits; those of the command line come first.
+    pub fn limits(&self, line: &Limits) -> Limits {
+        Limits {
+            cow_limit: line.cow_limit.or(self.cow_limit.map(|size| size.0)),
+            cow_policy: line.cow_policy.or(self.cow_policy),
+            ..*line
+        }
     }
 
     fn parse(text: &str) -> Result<Self> {

@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use serde::Serialize;
 use serde_json::{json, Value};
 
+use crate::args::{CowPolicy, Limits};
 use crate::config::{check_fits, check_name};
 use crate::kernel::{Domain, Done, Kernel};
 use crate::link::{Links, Port};
@@ -29,7 +30,13 @@ pub fn print_json(what: &impl Serialize) -> Result<()> {
 }
 
 /// Creates a domain with memory, and makes interfaces its ports. If anything fails, nothing is left.
-pub fn add(name: &str, memory: Option<u64>, ports: &[String], as_json: bool) -> Result<()> {
+pub fn add(
+    name: &str,
+    memory: Option<u64>,
+    ports: &[String],
+    limits: &Limits,
+    as_json: bool,
+) -> Result<()> {
     check_name(name)?;
     check_fits(memory.unwrap_or(0))?;
     let mut kernel = Remus::connect()?;
@@ -39,6 +46,15 @@ pub fn add(name: &str, memory: Option<u64>, ports: &[String], as_json: bool) -> 
         links.index(port)?;
     }
     let mut domain = kernel.domain_new(name, memory)?;
+    if *limits != Limits::default() {
+        match kernel.domain_set(name, limits) {
+            Ok(set) => domain = set,
+            Err(e) => {
+                undo(&mut kernel, &mut links, name);
+                return Err(e);
+            }
+        }
+    }
     for port in ports {
         if let Err(e) = links.add_port(port, name) {
             undo(&mut kernel, &mut links, name);
@@ -67,11 +83,27 @@ fn undo(kernel: &mut Remus, links: &mut Links, name: &str) {
     }
 }
 
-/// Deletes a domain and takes it off its ports. What they hold is dropped.
-pub fn del(name: &str) -> Result<()> {
+/// Changes limits of a domain.
+pub fn set(name: &str, limits: &Limits, as_json: bool) -> Result<()> {
+    if *limits == Limits::default() {
+        bail!("nothing to change is named: see remusctl domain set --help");
+    }
+    let domain = Remus::connect()?.domain_set(name, limits)?;
+    if as_json {
+        return print_json(&domain);
+    }
+    print(&describe(&domain, &ports_of(name)));
+    Ok(())
+}
+
+/// Deletes a domain and takes it off its ports. What they hold is dropped. A memory that is in use goes
+/// only with `force`.
+pub fn del(name: &str, force: bool) -> Result<()> {
     let mut kernel = Remus::connect()?;
     let mut links = Links::open()?;
-    kernel.get(name)?;
+    if !force {
+        when_unused(&mut kernel, name)?;
+    }
     let ports: Vec<Port> = links
         .ports()?
         .into_iter()
@@ -91,7 +123,20 @@ pub fn del(name: &str) -> Result<()> {
     deleted
 }
 
-/// Deletes a domain whose last user may have ended only just now.
+/// Fails if a domain's memory is in use; its last user may have ended only just now.
+fn when_unused(kernel: &mut Remus, name: &str) -> Result<()> {
+    for _ in 0..10 {
+        if kernel.get(name)?.memory_users == 0 {
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    bail!(
+        "cannot delete domain {name}: its memory is in use: end the virtual machine first, or give -F"
+    )
+}
+
+/// Deletes a domain whose last port may have gone only just now.
 pub fn del_when_free(kernel: &mut Remus, name: &str) -> Result<()> {
     let mut left = 10;
     loop {
@@ -171,6 +216,17 @@ pub fn describe(d: &Domain, ports: &[String]) -> String {
             d.resident_pages,
             d.dirty_pages,
             d.snapshot_pages
+        );
+        text += &format!(
+            "copies     {} so far, at most {} at once (limit: {}), waited for {} times\n",
+            d.cow_copies,
+            d.cow_peak,
+            match (d.cow_limit, d.cow_policy) {
+                (0, _) | (_, None) => "none".to_owned(),
+                (limit, Some(CowPolicy::Throttle)) => format!("{}, then wait", human(limit)),
+                (limit, Some(CowPolicy::Fail)) => format!("{}, then abort", human(limit)),
+            },
+            d.cow_waits
         );
     } else {
         text += "memory     none\n";

@@ -6,6 +6,8 @@
 use anyhow::Result;
 use serde::Serialize;
 
+use crate::args::CowPolicy;
+
 /// State of a domain, as `domain-get` describes it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -36,6 +38,23 @@ pub struct Domain {
     pub resident_pages: u64,
     /// Old contents kept, in pages.
     pub snapshot_pages: u64,
+    /// How many have its memory open.
+    pub memory_users: u64,
+    /// Most old contents that may be kept, in bytes, 0 for any number.
+    pub cow_limit: u64,
+    /// What happens beyond that; none if it has no memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cow_policy: Option<CowPolicy>,
+    /// Most old contents kept at once so far, in pages.
+    pub cow_peak: u64,
+    /// Old contents ever kept, in pages.
+    pub cow_copies: u64,
+    /// How often somebody waited for room for one.
+    pub cow_waits: u64,
+    /// Most packets that its ports may hold together, 0 for any number.
+    pub limit_packets: u64,
+    /// Most memory that these may take, in bytes, 0 for any amount.
+    pub limit_bytes: u64,
     /// Number of ports.
     pub ports: u64,
     /// Process that alone may drive it.

@@ -68,6 +68,7 @@ fn run(cli: &Cli) -> Result<u8> {
             name,
             memory,
             ports,
+            limits,
             config,
             json,
         }) => {
@@ -75,11 +76,14 @@ fn run(cli: &Cli) -> Result<u8> {
             let of_file = |c: &Config| (c.name.clone(), Some(c.memory.0), c.ports.clone());
             let of_line = || (String::new(), memory.map(|m| m.0), ports.clone());
             let (file_name, memory, ports) = config.as_ref().map_or_else(of_line, of_file);
-            domain::add(name.as_ref().unwrap_or(&file_name), memory, &ports, *json)?;
+            let limits = config.as_ref().map_or(*limits, |c| c.limits(limits));
+            let name = name.as_ref().unwrap_or(&file_name);
+            domain::add(name, memory, &ports, &limits, *json)?;
         }
         Command::Domain(Domain::List { json }) => domain::list(*json)?,
         Command::Domain(Domain::Show { name, json }) => domain::show(name, *json)?,
-        Command::Domain(Domain::Del { name }) => domain::del(name)?,
+        Command::Domain(Domain::Set { name, limits, json }) => domain::set(name, limits, *json)?,
+        Command::Domain(Domain::Del { name, force }) => domain::del(name, *force)?,
         Command::Seal { name, full, json } => {
             domain::step(name, Step::Seal { full: *full }, *json)?;
         }

@@ -14,6 +14,7 @@ use netlink_sys::protocols::NETLINK_GENERIC;
 use remus_core::uapi::{self, attr, cmd};
 use rustix::io::Errno;
 
+use crate::args::{CowPolicy, Limits};
 use crate::kernel::{Domain, Done, Kernel};
 use crate::nlsock::{attributes, NlSock, Refusal, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST};
 
@@ -70,7 +71,27 @@ impl Remus {
             .with_context(|| format!("cannot create domain {domain}"))
     }
 
-    /// Deletes a domain that has no port and whose memory nobody has open.
+    /// Changes limits of a domain; what is not named stays.
+    pub fn domain_set(&mut self, domain: &str, limits: &Limits) -> Result<Domain> {
+        let policy = limits.cow_policy.map(|policy| match policy {
+            CowPolicy::Throttle => uapi::cow_policy::THROTTLE,
+            CowPolicy::Fail => uapi::cow_policy::FAIL,
+        });
+        let mut attrs = vec![(attr::DOMAIN, Value::Text(domain))];
+        for (kind, value) in [
+            (attr::LIMIT_PACKETS, limits.limit_packets),
+            (attr::LIMIT_BYTES, limits.limit_bytes),
+            (attr::COW_LIMIT, limits.cow_limit),
+            (attr::COW_POLICY, policy.map(u64::from)),
+        ] {
+            attrs.extend(value.map(|value| (kind, Value::Uint(value))));
+        }
+        self.one(cmd::DOMAIN_SET, &attrs)
+            .map_err(|e| explain(e, domain))
+            .with_context(|| format!("cannot change domain {domain}"))
+    }
+
+    /// Deletes a domain that has no port. Whoever has its memory open keeps that.
     pub fn domain_del(&mut self, domain: &str) -> Result<()> {
         self.call(
             cmd::DOMAIN_DEL,
@@ -238,13 +259,17 @@ struct Reply {
     domain: String,
     device: Option<String>,
     memory: Option<u64>,
-    numbers: [u64; attr::MAX as usize + 1],
+    /// By the attributes' numbers.
+    numbers: Vec<u64>,
 }
 
 fn decode(message: &[u8]) -> Result<Reply> {
     let message = Nlmsghdr::<u16, Genlmsghdr<u8, u16>>::from_bytes(&mut Cursor::new(message))
         .context("the kernel module's answer makes no sense")?;
-    let mut reply = Reply::default();
+    let mut reply = Reply {
+        numbers: vec![0; usize::from(attr::MAX) + 1],
+        ..Reply::default()
+    };
     let Some(body) = message.get_payload() else {
         bail!("the kernel module's answer is empty");
     };
@@ -284,6 +309,18 @@ impl From<Reply> for Domain {
             dirty_pages: r.number(attr::DIRTY_PAGES),
             resident_pages: r.number(attr::RESIDENT_PAGES),
             snapshot_pages: r.number(attr::SNAPSHOT_PAGES),
+            memory_users: r.number(attr::MEMORY_USERS),
+            cow_limit: r.number(attr::COW_LIMIT),
+            cow_policy: match u8::try_from(r.number(attr::COW_POLICY)) {
+                Ok(uapi::cow_policy::THROTTLE) => Some(CowPolicy::Throttle),
+                Ok(uapi::cow_policy::FAIL) => Some(CowPolicy::Fail),
+                _ => None,
+            },
+            cow_peak: r.number(attr::COW_PEAK),
+            cow_copies: r.number(attr::COW_COPIES),
+            cow_waits: r.number(attr::COW_WAITS),
+            limit_packets: r.number(attr::LIMIT_PACKETS),
+            limit_bytes: r.number(attr::LIMIT_BYTES),
             ports: r.number(attr::PORTS),
             owner: Some(r.number(attr::OWNER)).filter(|&pid| pid != 0),
             orphaned: r.number(attr::ORPHANED) != 0,

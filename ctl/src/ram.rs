@@ -49,9 +49,10 @@ impl Pages for Ram {
         let mut call = ram::Read {
             epoch,
             cursor: *cursor,
+            end: ram::END,
             buffer: buffer.as_mut_ptr() as u64,
             length: u32::try_from(buffer.len()).unwrap_or(u32::MAX),
-            count: 0,
+            ..ram::Read::default()
         };
         // SAFETY: READ takes a `ram::Read` and writes at most `length` bytes to `buffer`, which is
         // ours alone during the call.

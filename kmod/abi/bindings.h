@@ -8,14 +8,17 @@
 
 #include <linux/capability.h>
 #include <linux/fs.h>
+#include <linux/memcontrol.h>
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/netdevice.h>
 #include <linux/netfilter.h>
 #include <linux/netlink.h>
 #include <linux/rmap.h>
+#include <linux/rwsem.h>
 #include <linux/skbuff.h>
 #include <linux/workqueue.h>
+#include <linux/xarray.h>
 #include <net/gen_stats.h>
 #include <net/genetlink.h>
 #include <net/pkt_sched.h>
@@ -69,17 +72,31 @@ void remus_nla_nest_end(struct sk_buff *skb, struct nlattr *start);
 int remus_nla_parse_nested(struct nlattr **tb, int max, const struct nlattr *nla,
 			   const struct nla_policy *policy, struct netlink_ext_ack *extack);
 
-struct page *remus_page_alloc(bool zero);
+struct page *remus_page_alloc(unsigned int order);
+struct page *remus_page_alloc_low(void);
+void *remus_page_address(const struct page *page);
 void remus_page_get(struct page *page);
 void remus_page_put(struct page *page);
 void remus_page_lock(struct page *page);
 void remus_page_unlock(struct page *page);
-bool remus_page_maybe_pinned(struct page *page);
-unsigned long remus_page_total(void);
+void remus_page_wait_unlocked(struct page *page);
+void remus_page_clear(struct page *page);
+bool remus_page_maybe_held(const struct page *page);
+int remus_page_read_to_user(struct page *page, void *to);
 unsigned long remus_page_pfn(const struct page *page);
 void remus_page_copy(struct page *to, struct page *from);
 void remus_page_read(struct page *page, size_t offset, void *to, size_t len);
 void remus_page_write(struct page *page, size_t offset, const void *from, size_t len);
+
+void remus_array_init(struct xarray *xa);
+void *remus_array_next(struct xarray *xa, unsigned long *index);
+int remus_array_insert(struct xarray *xa, unsigned long index, void *entry);
+void remus_cond_resched(void);
+bool remus_signal_pending(void);
+
+struct mem_cgroup *remus_memcg_current(void);
+void remus_memcg_put(struct mem_cgroup *memcg);
+struct mem_cgroup *remus_memcg_charge(struct mem_cgroup *memcg);
 
 bool remus_vma_is_shared(const struct vm_area_struct *vma);
 struct inode *remus_inode_new(const char *name);

@@ -304,9 +304,28 @@ int remus_nla_parse_nested(struct nlattr **tb, int max, const struct nlattr *nla
 			   NL_VALIDATE_STRICT & ~NL_VALIDATE_NESTED, extack);
 }
 
-struct page *remus_page_alloc(bool zero)
+/* 1 << order pages, each with a reference of its own. */
+struct page *remus_page_alloc(unsigned int order)
 {
-	return alloc_page(GFP_HIGHUSER | __GFP_ACCOUNT | (zero ? __GFP_ZERO : 0));
+	gfp_t gfp = GFP_HIGHUSER | __GFP_ACCOUNT;
+	struct page *page;
+
+	if (!order)
+		return alloc_page(gfp);
+	page = alloc_pages(gfp | __GFP_NORETRY | __GFP_NOWARN, order);
+	if (page)
+		split_page(page, order);
+	return page;
+}
+
+struct page *remus_page_alloc_low(void)
+{
+	return alloc_page(GFP_KERNEL_ACCOUNT);
+}
+
+void *remus_page_address(const struct page *page)
+{
+	return page_address(page);
 }
 
 void remus_page_get(struct page *page)
@@ -329,14 +348,36 @@ void remus_page_unlock(struct page *page)
 	unlock_page(page);
 }
 
-bool remus_page_maybe_pinned(struct page *page)
+void remus_page_wait_unlocked(struct page *page)
 {
-	return folio_maybe_dma_pinned(page_folio(page));
+	folio_wait_locked(page_folio(page));
 }
 
-unsigned long remus_page_total(void)
+void remus_page_clear(struct page *page)
 {
-	return totalram_pages();
+	clear_highpage(page);
+}
+
+/*
+ * With the page locked nobody adds a mapping, so the number of mappings, which is read last, can only be
+ * too low; each comes with a reference, and its owner has another one.
+ */
+bool remus_page_maybe_held(const struct page *page)
+{
+	const struct folio *folio = page_folio(page);
+	int refs = folio_ref_count(folio);
+
+	smp_rmb();
+	return refs > 1 + folio_mapcount(folio);
+}
+
+int remus_page_read_to_user(struct page *page, void __user *to)
+{
+	void *from = kmap_local_page(page);
+	unsigned long left = copy_to_user(to, from, PAGE_SIZE);
+
+	kunmap_local(from);
+	return left ? -EFAULT : 0;
 }
 
 unsigned long remus_page_pfn(const struct page *page)
@@ -357,6 +398,46 @@ void remus_page_read(struct page *page, size_t offset, void *to, size_t len)
 void remus_page_write(struct page *page, size_t offset, const void *from, size_t len)
 {
 	memcpy_to_page(page, offset, from, len);
+}
+
+void remus_array_init(struct xarray *xa)
+{
+	xa_init_flags(xa, XA_FLAGS_ACCOUNT);
+}
+
+void *remus_array_next(struct xarray *xa, unsigned long *index)
+{
+	return xa_find(xa, index, ULONG_MAX, XA_PRESENT);
+}
+
+int remus_array_insert(struct xarray *xa, unsigned long index, void *entry)
+{
+	return xa_insert(xa, index, entry, GFP_KERNEL);
+}
+
+bool remus_signal_pending(void)
+{
+	return signal_pending(current);
+}
+
+void remus_cond_resched(void)
+{
+	cond_resched();
+}
+
+struct mem_cgroup *remus_memcg_current(void)
+{
+	return get_mem_cgroup_from_mm(current->mm);
+}
+
+void remus_memcg_put(struct mem_cgroup *memcg)
+{
+	mem_cgroup_put(memcg);
+}
+
+struct mem_cgroup *remus_memcg_charge(struct mem_cgroup *memcg)
+{
+	return set_active_memcg(memcg);
 }
 
 /*

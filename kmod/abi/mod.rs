@@ -13,22 +13,35 @@
 //! | `qdisc.rs` | queue disciplines |
 //! | `hook.rs` | netfilter's ingress hook of a device |
 //! | `netlink.rs` | attributes, policies, extended acknowledgements, generic netlink families |
-//! | `page.rs` | pages that user space may map |
+//! | `array.rs` | a sparse array that only grows |
+//! | `page.rs` | pages that user space may map, alone and by number |
+//! | `memcg.rs` | to whose memory cgroup allocations are charged |
 //! | `ramdev.rs` | a character device whose mappings track writes |
+//! | `rwsem.rs` | `struct rw_semaphore` |
 //! | `workqueue.rs` | the module's own work queue |
 
+pub(crate) mod array;
 mod bindings;
 pub(crate) mod hook;
 pub(crate) mod lock;
+pub(crate) mod memcg;
 pub(crate) mod netdev;
 pub(crate) mod netlink;
 pub(crate) mod page;
 pub(crate) mod qdisc;
 pub(crate) mod ramdev;
+pub(crate) mod rwsem;
 pub(crate) mod skb;
 pub(crate) mod workqueue;
 
-use kernel::error::Error;
+use crate::core::uapi;
+use kernel::{
+    error::Error,
+    transmute::{
+        AsBytes,
+        FromBytes, //
+    }, //
+};
 
 /// A value that threads may share although its type does not say so.
 ///
@@ -66,6 +79,15 @@ macro_rules! plain {
 plain!(Qdisc_ops genl_family genl_ops genl_multicast_group notifier_block miscdevice file_operations nf_hook_ops nla_policy
     vm_operations_struct);
 
+// SAFETY: Integers without padding: any bits are a value.
+unsafe impl FromBytes for uapi::ram::Read {}
+// SAFETY: As above.
+unsafe impl AsBytes for uapi::ram::Read {}
+// SAFETY: As above.
+unsafe impl FromBytes for uapi::ram::Bitmap {}
+// SAFETY: As above.
+unsafe impl AsBytes for uapi::ram::Bitmap {}
+
 /// `EOPNOTSUPP`, which `kernel::error::code` lacks.
 pub(crate) fn not_supported() -> Error {
     Error::from_errno(-(bindings::EOPNOTSUPP as i32))
@@ -74,6 +96,16 @@ pub(crate) fn not_supported() -> Error {
 /// `EALREADY`, which `kernel::error::code` lacks.
 pub(crate) fn already() -> Error {
     Error::from_errno(-(bindings::EALREADY as i32))
+}
+
+/// `ESTALE`, which `kernel::error::code` lacks.
+pub(crate) fn stale() -> Error {
+    Error::from_errno(-(bindings::ESTALE as i32))
+}
+
+/// `ECANCELED`, which `kernel::error::code` lacks.
+pub(crate) fn cancelled() -> Error {
+    Error::from_errno(-(bindings::ECANCELED as i32))
 }
 
 /// Copies as much of `name` into a C array as leaves room for the NUL that is there already.
@@ -89,4 +121,16 @@ fn put_name(array: &mut [kernel::ffi::c_char], name: &[u8]) {
 pub(crate) fn is_net_admin() -> bool {
     // SAFETY: `capable` may be called in process context, which is where its callers are.
     unsafe { bindings::capable(bindings::CAP_NET_ADMIN as i32) }
+}
+
+/// Whether the calling process should stop what it does, because of a signal. Process context.
+pub(crate) fn is_signalled() -> bool {
+    // SAFETY: Looks at the calling process.
+    unsafe { bindings::remus_signal_pending() }
+}
+
+/// Lets others run if it is their turn. Process context, where one may sleep.
+pub(crate) fn cond_resched() {
+    // SAFETY: The callers may sleep.
+    unsafe { bindings::remus_cond_resched() }
 }

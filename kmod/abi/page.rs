@@ -7,20 +7,17 @@
 use super::bindings;
 use core::{
     mem::ManuallyDrop,
-    ptr::NonNull, //
+    ptr::NonNull,
+    sync::atomic::AtomicU64, //
 };
 use kernel::{
     alloc::AllocError,
+    error::to_result,
     ffi::c_void,
     page::PAGE_SIZE,
+    prelude::*,
     types::ForeignOwnable, //
 };
-
-/// How many pages of memory this host has.
-pub(crate) fn total() -> u64 {
-    // SAFETY: Reads a counter.
-    unsafe { bindings::remus_page_total() as u64 }
-}
 
 /// A reference to a page of memory.
 ///
@@ -35,16 +32,9 @@ unsafe impl Send for Page {}
 unsafe impl Sync for Page {}
 
 impl Page {
-    /// Allocates a page of zeros, charged to the memory cgroup of the caller. May sleep.
-    pub(crate) fn zeroed() -> Result<Self, AllocError> {
-        Self::alloc(true)
-    }
-
-    fn alloc(zero: bool) -> Result<Self, AllocError> {
-        // SAFETY: May be called by whoever may sleep.
-        let page = unsafe { bindings::remus_page_alloc(zero) };
-        // INVARIANT: A new page comes with one reference.
-        NonNull::new(page).map(Self).ok_or(AllocError)
+    /// Allocates a page with whatever was in it, charged to a memory cgroup. May sleep.
+    pub(crate) fn alloc() -> Result<Self, AllocError> {
+        Block::alloc(0)?.next().ok_or(AllocError)
     }
 
     /// Another reference to the same page.
@@ -61,7 +51,7 @@ impl Page {
     }
 
     /// The page's frame number.
-    pub(super) fn pfn(&self) -> usize {
+    pub(crate) fn pfn(&self) -> usize {
         // SAFETY: Valid by the type invariant.
         unsafe { bindings::remus_page_pfn(self.0.as_ptr()) }
     }
@@ -74,10 +64,104 @@ impl Page {
         PageLock(self)
     }
 
+    /// Waits until nobody has the page locked any more. May sleep.
+    pub(crate) fn wait_unlocked(&self) {
+        // SAFETY: Valid by the type invariant.
+        unsafe { bindings::remus_page_wait_unlocked(self.0.as_ptr()) };
+    }
+
+    /// Copies the whole content to user space. It is torn if somebody writes meanwhile. May sleep.
+    pub(crate) fn read_to_user(&self, to: UserPtr) -> Result {
+        // SAFETY: Valid by the type invariant; any address will do.
+        to_result(unsafe {
+            bindings::remus_page_read_to_user(self.0.as_ptr(), to.as_const_ptr().cast_mut().cast())
+        })
+    }
+
     /// Copies the whole content out. It is torn if somebody writes meanwhile.
     pub(crate) fn read(&self, to: &mut [u8; PAGE_SIZE]) {
         // SAFETY: Valid by the type invariant; both are a page long.
         unsafe { bindings::remus_page_read(self.0.as_ptr(), 0, to.as_mut_ptr().cast(), PAGE_SIZE) };
+    }
+}
+
+/// Pages that were allocated together, neighbours in physical memory: an iterator over them.
+///
+/// # Invariants
+///
+/// Owns a reference to each of the `left` pages, of order 0, that begin at `next`.
+pub(crate) struct Block {
+    next: *mut bindings::page,
+    left: usize,
+}
+
+impl Block {
+    /// 2 to the power of `order` pages, with whatever was in them, charged to a memory cgroup. More than
+    /// one are not worth much trouble: it may fail although there is memory. May sleep.
+    pub(crate) fn alloc(order: u32) -> Result<Self, AllocError> {
+        // SAFETY: May be called by whoever may sleep.
+        let next = unsafe { bindings::remus_page_alloc(order) };
+        if next.is_null() {
+            return Err(AllocError);
+        }
+        // INVARIANT: New pages come with a reference each.
+        Ok(Self {
+            next,
+            left: 1 << order,
+        })
+    }
+}
+
+impl Iterator for Block {
+    type Item = Page;
+
+    fn next(&mut self) -> Option<Page> {
+        self.left = self.left.checked_sub(1)?;
+        let page = NonNull::new(self.next)?;
+        // SAFETY: `struct page`s of one allocation are neighbours, too. Past the last one nothing is left.
+        self.next = unsafe { self.next.add(1) };
+        // INVARIANT: The reference goes along.
+        Some(Page(page))
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        self.for_each(drop);
+    }
+}
+
+/// A page of 64-bit words that user space may look at.
+///
+/// # Invariants
+///
+/// The page has a kernel address, and is written through this alone.
+pub(crate) struct Words(Page);
+
+impl Words {
+    /// A page with whatever was in it, charged to a memory cgroup. May sleep.
+    pub(crate) fn new() -> Result<Self, AllocError> {
+        // SAFETY: May be called by whoever may sleep.
+        let page = unsafe { bindings::remus_page_alloc_low() };
+        // INVARIANT: A new page comes with one reference, and this one with an address.
+        NonNull::new(page)
+            .map(|page| Self(Page(page)))
+            .ok_or(AllocError)
+    }
+
+    /// The page.
+    pub(crate) fn page(&self) -> &Page {
+        &self.0
+    }
+}
+
+impl core::ops::Deref for Words {
+    type Target = [AtomicU64; PAGE_SIZE / 8];
+
+    fn deref(&self) -> &Self::Target {
+        // SAFETY: By the type invariant it has an address, where a page of memory is, aligned, and any
+        // bits make a number. Whoever maps it only reads.
+        unsafe { &*bindings::remus_page_address(self.0 .0.as_ptr()).cast() }
     }
 }
 
@@ -137,15 +221,10 @@ impl core::ops::Deref for PageRef<'_> {
 /// The caller holds the page's lock.
 pub(crate) struct PageLock<'a>(&'a Page);
 
-impl<'a> PageLock<'a> {
-    /// The page.
-    pub(super) fn page(&self) -> &'a Page {
-        self.0
-    }
-
+impl PageLock<'_> {
     /// A new page with the same content. May sleep.
     pub(crate) fn copy(&self) -> Result<Page, AllocError> {
-        let copy = Page::alloc(false)?;
+        let copy = Page::alloc()?;
         // SAFETY: Both are valid by the type invariant.
         unsafe { bindings::remus_page_copy(copy.0.as_ptr(), self.0 .0.as_ptr()) };
         Ok(copy)
@@ -160,11 +239,18 @@ impl<'a> PageLock<'a> {
         };
     }
 
-    /// Whether somebody may hold the page for direct access (a pin of `pin_user_pages()`), and so
-    /// may write it without a fault.
-    pub(crate) fn maybe_pinned(&self) -> bool {
+    /// Fills the page with zeros.
+    pub(crate) fn clear(&self) {
         // SAFETY: Valid by the type invariant.
-        unsafe { bindings::remus_page_maybe_pinned(self.0 .0.as_ptr()) }
+        unsafe { bindings::remus_page_clear(self.0 .0.as_ptr()) };
+    }
+
+    /// Whether anybody but its owner and the page tables may have a reference to the page, and so may
+    /// write it without a fault: whoever pinned it (`pin_user_pages()`), or got it (`get_user_pages()`,
+    /// as `/proc/PID/mem` does). That of [`Page::share`] counts, too.
+    pub(crate) fn maybe_held(&self) -> bool {
+        // SAFETY: Valid and locked by the type invariant.
+        unsafe { bindings::remus_page_maybe_held(self.0 .0.as_ptr()) }
     }
 
     /// Leaves the page locked: whoever takes over unlocks it.

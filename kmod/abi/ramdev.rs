@@ -12,6 +12,7 @@
 
 use super::{
     bindings,
+    is_signalled,
     page::{
         Page,
         PageLock, //
@@ -37,7 +38,10 @@ use kernel::{
     mm::virt::VmaNew,
     page::PAGE_SIZE,
     prelude::*,
-    sync::Arc,
+    sync::{
+        Arc,
+        ArcBorrow, //
+    },
     types::{
         ForeignOwnable,
         Opaque, //
@@ -45,8 +49,31 @@ use kernel::{
     uaccess::UserSlice, //
 };
 
+/// What became of the wish to write a page.
+pub(crate) enum Write<'a> {
+    /// It may be written; it stays locked until the write can happen.
+    Ready(PageLock<'a>),
+    /// Not now: [`Memory::wait`] with this number, and ask again.
+    Wait(u64),
+}
+
+/// Pages that can be looked at through a mapping, beside the memory itself.
+pub(crate) trait View: Send + Sync + 'static {
+    /// How many there are, at most 2^18.
+    fn pages(&self) -> u64;
+
+    /// The page with this number, which is below [`pages`](Self::pages). Process context.
+    fn page(&self, index: u64) -> Result<Page>;
+}
+
 /// Memory behind a device. Methods are called in process context and may sleep.
 pub(crate) trait Memory: Send + Sync + 'static {
+    /// What else can be mapped.
+    type View: View;
+
+    /// The view with this number, if there is one.
+    fn view(&self, number: u64) -> Option<Arc<Self::View>>;
+
     /// Size in pages. Never changes.
     fn pages(&self) -> u64;
 
@@ -58,9 +85,13 @@ pub(crate) trait Memory: Send + Sync + 'static {
     fn page(&self, index: u64) -> Result<Page>;
 
     /// `page`, number `index`, is about to be written through a mapping for the first time since it
-    /// was made or write-protected. It stays locked until the write can happen. Lock order: what
-    /// this takes comes before the page's lock and after `mmap_lock`.
-    fn will_write<'a>(&self, index: u64, page: &'a Page) -> Result<PageLock<'a>>;
+    /// was made or write-protected. Lock order: what this takes comes before the page's lock and after
+    /// `mmap_lock`.
+    fn will_write<'a>(&self, index: u64, page: &'a Page) -> Result<Write<'a>>;
+
+    /// Waits until it may be worth asking [`will_write`](Self::will_write) again, but not for long. Called
+    /// with `mmap_lock` held for reading, or the lock of one mapping.
+    fn wait(&self, turn: u64);
 
     /// A call. `argument` usually is an address in the caller's memory.
     fn ioctl(&self, command: u32, argument: usize) -> Result<isize>;
@@ -70,6 +101,16 @@ pub(crate) trait Memory: Send + Sync + 'static {
 
     /// One of those who opened it is gone, with all its mappings.
     fn closed(&self);
+}
+
+/// Offsets from here on, in pages, are those of [`View`]s; below is the memory.
+const VIEWS: u64 = 1 << 40;
+/// From one view to the next, in pages.
+const VIEW_STRIDE: u64 = 1 << 18;
+
+/// Where the view with this number is mapped from, in bytes.
+pub(crate) const fn view_offset(number: u64) -> u64 {
+    (VIEWS + number * VIEW_STRIDE) * PAGE_SIZE as u64
 }
 
 /// The address space of a device's mappings.
@@ -94,16 +135,18 @@ impl Mapping {
         NonNull::new(inode).map(Self).ok_or(ENOMEM)
     }
 
-    /// Write-protects a page in all mappings, those of KVM included: whoever writes it next will
-    /// fault. Takes `i_mmap_rwsem` and page table locks inside the page's lock. May sleep.
-    pub(crate) fn write_protect(&self, index: u64, page: &PageLock<'_>) -> Result {
-        // SAFETY: The inode is valid by the type invariant, and the page is valid and locked.
+    /// Write-protects `pages` pages from number `index` on in all mappings, those of KVM included:
+    /// whoever writes one next will fault. They are neighbours in physical memory and begin at frame
+    /// `pfn`; a number that is mapped to another frame is left alone. Costs one call to whoever watches
+    /// the mappings (MMU notifiers). Takes `i_mmap_rwsem` and page table locks. May sleep.
+    pub(crate) fn write_protect(&self, index: u64, pfn: usize, pages: u64) -> Result {
+        // SAFETY: The inode is valid by the type invariant. The pages are only named by their numbers.
         let done = unsafe {
             bindings::mapping_wrprotect_range(
                 bindings::remus_inode_mapping(self.0.as_ptr()),
                 index as c_ulong,
-                page.page().pfn() as c_ulong,
-                1,
+                pfn as c_ulong,
+                pages as c_ulong,
             )
         };
         if done < 0 {
@@ -128,6 +171,14 @@ impl<T: Memory> Operations<T> {
         AssertSync(bindings::vm_operations_struct {
             fault: Some(Self::fault),
             page_mkwrite: Some(Self::page_mkwrite),
+            ..Plain::ZERO
+        });
+
+    const VIEW_VM_OPS: AssertSync<bindings::vm_operations_struct> =
+        AssertSync(bindings::vm_operations_struct {
+            open: Some(Self::view_open),
+            close: Some(Self::view_close),
+            fault: Some(Self::view_fault),
             ..Plain::ZERO
         });
 
@@ -204,13 +255,29 @@ impl<T: Memory> Operations<T> {
         // SAFETY: As above.
         let offset = unsafe { (*vma).vm_pgoff } as u64;
         let pages = ((new.end() - new.start()) / PAGE_SIZE) as u64;
-        if offset
-            .checked_add(pages)
-            .is_none_or(|end| end > memory.pages())
-        {
+        let fits = |offset: u64, room| offset.checked_add(pages).is_some_and(|end| end <= room);
+        new.set_dontexpand();
+        if let Some(offset) = offset.checked_sub(VIEWS) {
+            let Some(view) = memory.view(offset / VIEW_STRIDE) else {
+                return ENXIO.to_errno();
+            };
+            if !fits(offset % VIEW_STRIDE, view.pages()) {
+                return ENXIO.to_errno();
+            }
+            if new.try_clear_maywrite().is_err() {
+                return EACCES.to_errno();
+            }
+            // SAFETY: As above. `VIEW_VM_OPS` is promoted to a static; the reference is dropped by
+            // `view_close`.
+            unsafe {
+                (*vma).vm_ops = &const { Self::VIEW_VM_OPS }.0;
+                (*vma).vm_private_data = Arc::into_raw(view).cast_mut().cast();
+            }
+            return 0;
+        }
+        if !fits(offset, memory.pages()) {
             return ENXIO.to_errno();
         }
-        new.set_dontexpand();
         // SAFETY: As above. `VM_OPS` is promoted to a static.
         unsafe { (*vma).vm_ops = &const { Self::VM_OPS }.0 };
         0
@@ -243,9 +310,57 @@ impl<T: Memory> Operations<T> {
         let (memory, index) = unsafe { Self::place(vmf) };
         // SAFETY: The fault holds a reference to its page, which stays with it.
         let page = unsafe { Page::borrow((*vmf).page.cast()) };
-        // The fault handler unlocks the page when it has made it writable.
-        match memory.will_write(index, &page).map(PageLock::keep) {
-            Ok(()) => bindings::vm_fault_reason_VM_FAULT_LOCKED,
+        let wish = memory.will_write(index, &page);
+        match wish {
+            Ok(Write::Ready(lock)) => {
+                // The fault handler unlocks the page when it has made it writable.
+                lock.keep();
+                bindings::vm_fault_reason_VM_FAULT_LOCKED
+            }
+            Ok(Write::Wait(turn)) => {
+                memory.wait(turn);
+                // It faults again, unless it was killed meanwhile.
+                bindings::vm_fault_reason_VM_FAULT_NOPAGE
+            }
+            Err(error) => Self::failed(error),
+        }
+    }
+
+    /// # Safety
+    ///
+    /// Called by the memory management when it has copied a mapping of a view.
+    unsafe extern "C" fn view_open(vma: *mut bindings::vm_area_struct) {
+        // SAFETY: The copy has the pointer of the original, which keeps its reference.
+        let original = unsafe { ArcBorrow::from_raw((*vma).vm_private_data.cast::<T::View>()) };
+        let _ = Arc::into_raw(Arc::from(original));
+    }
+
+    /// # Safety
+    ///
+    /// Called by the memory management when a mapping of a view goes.
+    unsafe extern "C" fn view_close(vma: *mut bindings::vm_area_struct) {
+        // SAFETY: Each mapping has a reference, from `mmap` or `view_open`.
+        drop(unsafe { Arc::from_raw((*vma).vm_private_data.cast::<T::View>()) });
+    }
+
+    /// # Safety
+    ///
+    /// Called by the memory management for a fault in a mapping of a view.
+    unsafe extern "C" fn view_fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t {
+        // SAFETY: The fault is in a mapping of a view, where `mmap` put a reference that lives as long.
+        let (view, offset) = unsafe {
+            let fault = &(*vmf).__bindgen_anon_1;
+            (
+                &*(*fault.vma).vm_private_data.cast::<T::View>(),
+                fault.pgoff as u64,
+            )
+        };
+        match view.page((offset - VIEWS) % VIEW_STRIDE) {
+            Ok(page) => {
+                // SAFETY: The fault is ours to answer; the reference goes with the page.
+                unsafe { (*vmf).page = page.into_raw() };
+                0
+            }
             Err(error) => Self::failed(error),
         }
     }
@@ -330,8 +445,16 @@ impl<T: Memory> Operations<T> {
             // The user's memory is read first: it may be a mapping of this very page.
             user.read_slice(&mut bounce[..n])?;
             let page = memory.page(index)?;
-            memory.will_write(index, &page)?.write(at, &bounce[..n]);
-            Ok(())
+            loop {
+                match memory.will_write(index, &page)? {
+                    Write::Ready(lock) => {
+                        lock.write(at, &bounce[..n]);
+                        return Ok(());
+                    }
+                    Write::Wait(_) if is_signalled() => return Err(EINTR),
+                    Write::Wait(turn) => memory.wait(turn),
+                }
+            }
         })
     }
 

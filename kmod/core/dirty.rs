@@ -1,111 +1,116 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A set of page numbers: the pages that were written in an epoch.
+//! Which pages were written: the bits of one leaf of a page set.
 //!
-//! One bit a page, in words of 64, least significant first. The words belong to the caller
-//! (`KVVec` in the kernel, `Vec` elsewhere), so that nothing here allocates.
+//! A leaf has one bit a page, in words of 64, least significant first: 4 KiB of words for 128 MiB of
+//! memory, so that a leaf's words can be mapped by who wants to read them. A second, small layer of bits
+//! says which words are not empty, so that a walk costs what is set and not what could be.
+//!
+//! Bits are only ever added while a leaf is shared, by any number of threads at once. The words belong to
+//! the caller (a page in the kernel, a `Vec` elsewhere), so that nothing here allocates.
 
-use core::ops::DerefMut;
+use core::ops::Deref;
+// Not the kernel's own atomics, which a host does not have. Bits carry no order of their own but for
+// `insert`'s: what came before it is seen by whoever sees the bit.
+use core::sync::atomic::{AtomicU64, Ordering};
 
-/// Words needed for `pages` bits.
-pub const fn words(pages: u64) -> u64 {
-    pages.div_ceil(64)
-}
+/// Words in a leaf.
+pub const WORDS: usize = 512;
+/// Pages of which a leaf has a bit.
+pub const PAGES: u64 = WORDS as u64 * 64;
+const GROUPS: usize = WORDS / 64;
 
-/// The set.
+/// The bits of [`PAGES`] pages.
 ///
 /// # Invariants
 ///
-/// - `count` is the number of bits set in `words`.
-/// - No bit at or above `pages` is set.
+/// Bit `w % 64` of `filled[w / 64]` is set if word `w` is not 0, once the insertion that filled it has
+/// returned.
 #[derive(Debug)]
-pub struct Dirty<W> {
+pub struct Leaf<W> {
     words: W,
-    pages: u64,
-    count: u64,
+    filled: [AtomicU64; GROUPS],
 }
 
-impl<W: DerefMut<Target = [u64]>> Dirty<W> {
-    /// An empty set in `words`, which are cleared. It can hold the numbers below `pages`, or fewer
-    /// if there are not enough words.
-    pub fn new(mut words: W, pages: u64) -> Self {
-        words.fill(0);
-        let pages = pages.min((words.len() as u64).saturating_mul(64));
+impl<W: Deref<Target = [AtomicU64; WORDS]>> Leaf<W> {
+    /// An empty leaf in `words`, which are cleared.
+    pub fn new(words: W) -> Self {
+        for word in words.iter() {
+            word.store(0, Ordering::Relaxed);
+        }
         Self {
             words,
-            pages,
-            count: 0,
+            filled: [const { AtomicU64::new(0) }; GROUPS],
         }
     }
 
-    /// The numbers that fit are those below this.
-    pub fn pages(&self) -> u64 {
-        self.pages
+    /// Where the bits are.
+    pub fn words(&self) -> &W {
+        &self.words
     }
 
-    /// How many pages are in the set.
-    pub fn count(&self) -> u64 {
-        self.count
-    }
-
-    /// Adds `page`. Returns whether it is new; a page that does not fit never is.
-    pub fn insert(&mut self, page: u64) -> bool {
-        if page >= self.pages {
-            return false;
+    /// Adds page `n`, modulo [`PAGES`]. Returns whether it is new.
+    pub fn insert(&self, n: u64) -> bool {
+        let n = (n % PAGES) as usize;
+        let bit = 1 << (n % 64);
+        let old = self.words[n / 64].fetch_or(bit, Ordering::AcqRel);
+        if old == 0 {
+            self.filled[n / 64 / 64].fetch_or(1 << (n / 64 % 64), Ordering::AcqRel);
         }
-        let Some(word) = self.words.get_mut((page / 64) as usize) else {
-            return false;
-        };
-        let bit = 1 << (page % 64);
-        let new = *word & bit == 0;
-        *word |= bit;
-        self.count += u64::from(new);
-        new
+        old & bit == 0
     }
 
-    /// Whether `page` is in the set.
-    pub fn contains(&self, page: u64) -> bool {
-        self.words
-            .get((page / 64) as usize)
-            .is_some_and(|word| word & (1 << (page % 64)) != 0)
+    /// Whether page `n`, modulo [`PAGES`], is there.
+    pub fn contains(&self, n: u64) -> bool {
+        let n = (n % PAGES) as usize;
+        self.words[n / 64].load(Ordering::Acquire) & (1 << (n % 64)) != 0
     }
 
-    /// The lowest page in the set that is not below `from`.
+    /// The lowest page that is not below `from`. What is being inserted meanwhile may be missed.
     pub fn next(&self, from: u64) -> Option<u64> {
-        let first = usize::try_from(from / 64).ok()?;
-        // In the first word the bits below `from` do not count.
+        let from = usize::try_from(from)
+            .ok()
+            .filter(|from| *from < WORDS * 64)?;
+        let first = from / 64;
+        let rest = self.words[first].load(Ordering::Acquire) & (u64::MAX << (from % 64));
+        if rest != 0 {
+            return Some(first as u64 * 64 + u64::from(rest.trailing_zeros()));
+        }
+        let word = self.next_filled(first + 1)?;
+        let bits = self.words[word].load(Ordering::Acquire);
+        Some(word as u64 * 64 + u64::from(bits.trailing_zeros()))
+    }
+
+    /// The first word from `from` on that is not empty.
+    fn next_filled(&self, from: usize) -> Option<usize> {
         let mut mask = u64::MAX << (from % 64);
-        for (i, word) in self.words.iter().enumerate().skip(first) {
-            let word = word & mask;
-            if word != 0 {
-                return Some(i as u64 * 64 + u64::from(word.trailing_zeros()));
+        for (i, group) in self.filled.iter().enumerate().skip(from / 64) {
+            let group = group.load(Ordering::Acquire) & mask;
+            if group != 0 {
+                return Some(i * 64 + group.trailing_zeros() as usize);
             }
             mask = u64::MAX;
         }
         None
     }
 
-    /// Adds every page of `other` that fits.
-    pub fn merge<V: DerefMut<Target = [u64]>>(&mut self, other: &Dirty<V>) {
-        if other.pages <= self.pages {
-            let mut count = 0;
-            for (to, from) in self.words.iter_mut().zip(other.words.iter()) {
-                *to |= from;
-                count += u64::from(to.count_ones());
+    /// Adds the pages of `other`. Returns how many of them are new.
+    pub fn merge(&self, other: &Self) -> u64 {
+        let (mut new, mut from) = (0, 0);
+        while let Some(word) = other.next_filled(from) {
+            let bits = other.words[word].load(Ordering::Acquire);
+            let old = self.words[word].fetch_or(bits, Ordering::AcqRel);
+            if old == 0 {
+                self.filled[word / 64].fetch_or(1 << (word % 64), Ordering::AcqRel);
             }
-            count += self
-                .words
-                .iter()
-                .skip(other.words.len())
-                .map(|w| u64::from(w.count_ones()))
-                .sum::<u64>();
-            self.count = count;
-        } else {
-            let mut from = 0;
-            while let Some(page) = other.next(from) {
-                self.insert(page);
-                from = page + 1;
-            }
+            new += u64::from((bits & !old).count_ones());
+            from = word + 1;
         }
+        new
+    }
+
+    /// Whether nothing is there.
+    pub fn is_empty(&self) -> bool {
+        self.next_filled(0).is_none()
     }
 }

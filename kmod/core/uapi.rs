@@ -45,8 +45,12 @@ pub mod cmd {
     pub const CONTROLLER_GONE: u8 = 13;
     /// Event: the domain was deleted, or left by its last port.
     pub const DOMAIN_GONE: u8 = 14;
+    /// Event: a writer waits for room for the old content of a page.
+    pub const COW_WAIT: u8 = 15;
+    /// Event: an epoch was aborted for want of room for the old content of a page.
+    pub const COW_ABORT: u8 = 16;
     /// The highest command.
-    pub const MAX: u8 = DOMAIN_GONE;
+    pub const MAX: u8 = COW_ABORT;
 }
 
 /// Multicast group of the events.
@@ -116,8 +120,20 @@ pub mod attr {
     pub const OWNER: u16 = 30;
     /// The owner's socket was closed, flag.
     pub const ORPHANED: u16 = 31;
+    /// Old contents of pages that may be kept for sealed epochs, in bytes, 0 for any number, uint.
+    pub const COW_LIMIT: u16 = 32;
+    /// What happens beyond, uint: [`super::cow_policy`].
+    pub const COW_POLICY: u16 = 33;
+    /// Most old contents kept at once so far, in pages, uint.
+    pub const COW_PEAK: u16 = 34;
+    /// Old contents ever kept, in pages, uint.
+    pub const COW_COPIES: u16 = 35;
+    /// How often somebody waited for room for one, uint.
+    pub const COW_WAITS: u16 = 36;
+    /// How many have the memory open, uint.
+    pub const MEMORY_USERS: u16 = 37;
     /// The highest attribute.
-    pub const MAX: u16 = ORPHANED;
+    pub const MAX: u16 = MEMORY_USERS;
 }
 
 /// What an attribute holds.
@@ -169,7 +185,15 @@ impl Command {
 
 /// Every command of the family. The module builds its policies from this.
 pub const COMMANDS: &[Command] = &[
-    Command::new(cmd::DOMAIN_NEW, &[attr::DOMAIN, attr::MEMORY]),
+    Command::new(
+        cmd::DOMAIN_NEW,
+        &[
+            attr::DOMAIN,
+            attr::MEMORY,
+            attr::COW_LIMIT,
+            attr::COW_POLICY,
+        ],
+    ),
     Command::new(cmd::DOMAIN_DEL, &[attr::DOMAIN]),
     Command::new(cmd::DOMAIN_GET, &[attr::DOMAIN]),
     Command::new(cmd::EPOCH_SEAL, &[attr::DOMAIN, attr::FULL]),
@@ -182,6 +206,8 @@ pub const COMMANDS: &[Command] = &[
             attr::LIMIT_PACKETS,
             attr::LIMIT_BYTES,
             attr::OWN,
+            attr::COW_LIMIT,
+            attr::COW_POLICY,
         ],
     ),
     Command::new(cmd::PORT_GET, &[attr::DOMAIN]),
@@ -244,6 +270,14 @@ pub mod direction {
     pub const EGRESS: u8 = 2;
 }
 
+/// Values of [`attr::COW_POLICY`].
+pub mod cow_policy {
+    /// The writer waits until its page was read out, or its epoch is committed or aborted.
+    pub const THROTTLE: u8 = 1;
+    /// The epoch is aborted, and all that were sealed after it.
+    pub const FAIL: u8 = 2;
+}
+
 /// Calls of the RAM device.
 ///
 /// The device is mapped `MAP_SHARED`, at most as long as the domain's memory; `pread` and `pwrite`
@@ -254,7 +288,8 @@ pub mod ram {
     /// Bytes in a record: the page's number (u64, little endian), then its content.
     pub const RECORD_SIZE: usize = 8 + PAGE_SIZE;
 
-    /// Argument of [`READ`]: fetch records of a sealed epoch, in ascending order of page number.
+    /// Argument of [`READ`]: fetch records of a sealed epoch, in ascending order of page number. Several
+    /// threads may read ranges of one epoch at once.
     #[repr(C)]
     #[derive(Clone, Copy, Debug, Default)]
     pub struct Read {
@@ -263,19 +298,56 @@ pub mod ram {
         /// In: first page number to look at, 0 to begin. Out: where to go on; [`END`] after the
         /// last record.
         pub cursor: u64,
+        /// In: page number to stop before, [`END`] for none.
+        pub end: u64,
         /// In: address of the buffer.
         pub buffer: u64,
         /// In: bytes in the buffer, at least [`RECORD_SIZE`].
         pub length: u32,
-        /// Out: records written to the buffer.
+        /// Out: records written to the buffer. Fewer than fit if a signal came, or if the next record
+        /// is an error's, which the next call returns.
         pub count: u32,
+        /// In: 0, or [`KEEP`].
+        pub flags: u32,
+        /// In: 0.
+        pub reserved: u32,
     }
+
+    /// Flag of [`Read`]: the pages may be read again. Without it a page that was read counts as not
+    /// needed any more: its content is not kept when it is written again.
+    pub const KEEP: u32 = 1;
 
     /// Value of [`Read::cursor`] when nothing is left.
     pub const END: u64 = u64::MAX;
 
+    /// Argument of [`BITMAP`]: where the hand-off of a sealed epoch is.
+    ///
+    /// Mapped `PROT_READ` and `MAP_SHARED` from the device, it shows words of 64 bits, native order: bit
+    /// `n % 64` of word `n / 64` is set if page `n` was written in the epoch. A mapping stays as it is
+    /// for as long as it exists; a new one can be made until the epoch is committed or aborted.
+    #[repr(C)]
+    #[derive(Clone, Copy, Debug, Default)]
+    pub struct Bitmap {
+        /// In: a sealed epoch.
+        pub epoch: u64,
+        /// Out: offset to map from.
+        pub offset: u64,
+        /// Out: bytes that can be mapped.
+        pub length: u64,
+        /// Out: how many pages were written.
+        pub pages: u64,
+    }
+
+    const fn iowr(number: u32, size: usize) -> u32 {
+        3 << 30 | (size as u32) << 16 | (b'R' as u32) << 8 | number
+    }
+
     /// `_IOWR('R', 0x40, struct Read)`. Errors: `ENOENT` the epoch is not sealed, `EINVAL` the
-    /// buffer holds no record, `EFAULT` it cannot be written.
-    pub const READ: u32 =
-        (3 << 30) | ((core::mem::size_of::<Read>() as u32) << 16) | ((b'R' as u32) << 8) | 0x40;
+    /// buffer holds no record, or a flag is unknown, `EFAULT` it cannot be written, `ESTALE` the page
+    /// was read before and written since, `ECANCELED` the epoch lost pages because of the copy limit:
+    /// abort it.
+    pub const READ: u32 = iowr(0x40, core::mem::size_of::<Read>());
+
+    /// `_IOWR('R', 0x41, struct Bitmap)`. Errors: `ENOENT` the epoch is not sealed.
+    pub const BITMAP: u32 = iowr(0x41, core::mem::size_of::<Bitmap>());
 }

@@ -65,7 +65,6 @@ def short(value):
     return text if len(text) < 600 else text[:450] + " … " + text[-120:]
 
 
-@contextlib.contextmanager
 def setting(stack, path, value):
     """Writes to a file below /proc/sys or /sys, until the end of the test."""
     with open(path, "r+", encoding="ascii") as f:
@@ -79,6 +78,7 @@ def setting(stack, path, value):
         f.write(str(value))
 
 
+@contextlib.contextmanager
 def fails(*codes):
     """The body raises OSError with one of these errnos."""
     try:

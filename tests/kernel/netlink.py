@@ -23,13 +23,13 @@ HEADER = struct.Struct("=IHHII")
 CMD = {n: i + 1 for i, n in enumerate(
     "domain-new domain-del domain-get epoch-seal epoch-commit epoch-abort domain-set port-get discard".split())}
 EVENTS = {n: i + 1 + len(CMD) for i, n in enumerate(
-    "output-pending buffer-high overflow controller-gone domain-gone".split())}
+    "output-pending buffer-high overflow controller-gone domain-gone cow-wait cow-abort".split())}
 EVENT_NAMES = {i: n for n, i in EVENTS.items()}
 ATTR = {n: i + 1 for i, n in enumerate(
     "domain memory device epoch open-epoch committed-epoch sealed-epochs packets bytes dropped "
     "dirty-pages resident-pages snapshot-pages ports duration-ns full port ifindex direction passthrough "
     "limit-packets limit-bytes held-memory dropped-limit dropped-memory dropped-discarded hold-last-ns "
-    "hold-max-ns own owner orphaned".split())}
+    "hold-max-ns own owner orphaned cow-limit cow-policy cow-peak cow-copies cow-waits memory-users".split())}
 NAMES = {i: n for n, i in ATTR.items()}
 TEXTS, FLAGS = ("domain", "device", "port"), ("full", "passthrough", "own", "orphaned")
 TCA_DOMAIN, TCA_DIRECTION, TCA_LIMIT_PACKETS, TCA_LIMIT_BYTES, TCA_PASSTHROUGH = 1, 2, 3, 4, 5
@@ -217,8 +217,13 @@ class Genl(Socket):
         replies = self.raw(CMD[cmd], [(1, text(domain)), *attrs])
         return replies[0] if replies else None
 
-    def new(self, domain, memory=None):
-        return self.call("domain-new", domain, *([] if memory is None else [(2, uint(memory))]))
+    @staticmethod
+    def numbers(**named):
+        """Attributes that were given, `cow_limit` for `cow-limit`."""
+        return [(ATTR[n.replace("_", "-")], uint(v)) for n, v in named.items() if v is not None]
+
+    def new(self, domain, memory=None, **more):
+        return self.call("domain-new", domain, *self.numbers(memory=memory, **more))
 
     def delete(self, domain):
         return self.call("domain-del", domain)
@@ -238,11 +243,9 @@ class Genl(Socket):
     def abort(self, domain, epoch):
         return self.call("epoch-abort", domain, (4, uint(epoch)))
 
-    def set(self, domain, packets=None, size=None, own=False):
-        attrs = [(ATTR["limit-packets"], uint(packets))] if packets is not None else []
-        attrs += [(ATTR["limit-bytes"], uint(size))] if size is not None else []
-        attrs += [(ATTR["own"], b"")] if own else []
-        return self.call("domain-set", domain, *attrs)
+    def set(self, domain, packets=None, size=None, own=False, **more):
+        attrs = self.numbers(limit_packets=packets, limit_bytes=size, **more)
+        return self.call("domain-set", domain, *attrs, *([(ATTR["own"], b"")] if own else []))
 
     def discard(self, domain):
         return self.call("discard", domain)

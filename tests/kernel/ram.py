@@ -7,9 +7,12 @@ import struct
 
 PAGE = 4096
 RECORD = PAGE + 8
-READ = 3 << 30 | 32 << 16 | ord("R") << 8 | 0x40
+READ = 3 << 30 | 48 << 16 | ord("R") << 8 | 0x40
+BITMAP = 3 << 30 | 32 << 16 | ord("R") << 8 | 0x41
 END = (1 << 64) - 1
-READ_STRUCT = struct.Struct("=QQQII")
+READ_STRUCT = struct.Struct("=QQQQIIII")
+BITMAP_STRUCT = struct.Struct("=QQQQ")
+KEEP = 1
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
@@ -121,22 +124,35 @@ class Ram:
         self.maps.append(m)
         return m
 
-    def call(self, epoch, cursor, buffer, length):
+    def call(self, epoch, cursor, buffer, length, end=END, flags=KEEP, reserved=0):
         """One READ: returns the next cursor and the count."""
-        arg = bytearray(READ_STRUCT.pack(epoch, cursor, buffer, length, 0))
+        arg = bytearray(READ_STRUCT.pack(epoch, cursor, end, buffer, length, 0, flags, reserved))
         fcntl.ioctl(self.fd, READ, arg)
         out = READ_STRUCT.unpack(arg)
-        if out[0] != epoch or out[2] != buffer or out[3] != length:
+        if (out[0], *out[2:5], *out[6:]) != (epoch, end, buffer, length, flags, reserved):
             raise AssertionError(f"READ changed its input: {out}")
-        return out[1], out[4]
+        return out[1], out[5]
 
-    def records(self, epoch, batch=64, between=None):
+    def bitmap(self, epoch):
+        """Where the hand-off of a sealed epoch is: offset, bytes, and how many pages were written."""
+        arg = bytearray(BITMAP_STRUCT.pack(epoch, 0, 0, 0))
+        fcntl.ioctl(self.fd, BITMAP, arg)
+        out = BITMAP_STRUCT.unpack(arg)
+        if out[0] != epoch:
+            raise AssertionError(f"BITMAP changed its input: {out}")
+        return out[1:]
+
+    def map_bitmap(self, epoch, prot=PROT_READ, flags=MAP_SHARED):
+        offset, length, _ = self.bitmap(epoch)
+        return self.map(length, offset, prot, flags)
+
+    def records(self, epoch, batch=64, between=None, **how):
         """All records of a sealed epoch: a list of (page, content), in the order of the replies."""
         size = batch * RECORD
         buffer = ctypes.create_string_buffer(size)
         out, cursor = [], 0
         while cursor != END:
-            cursor, count = self.call(epoch, cursor, ctypes.addressof(buffer), size)
+            cursor, count = self.call(epoch, cursor, ctypes.addressof(buffer), size, **how)
             if not 0 <= count <= batch or (count == 0 and cursor != END):
                 raise AssertionError(f"READ returned {count} records, cursor {cursor}")
             for i in range(count):
@@ -146,9 +162,9 @@ class Ram:
                 between()
         return out
 
-    def epoch(self, epoch, batch=64, between=None):
+    def epoch(self, epoch, batch=64, between=None, **how):
         """A sealed epoch as a dict; the pages have to come in ascending order, each once."""
-        records = self.records(epoch, batch, between)
+        records = self.records(epoch, batch, between, **how)
         pages = [p for p, _ in records]
         if pages != sorted(set(pages)):
             raise AssertionError(f"pages of epoch {epoch} out of order: {pages[:50]}")

@@ -409,14 +409,16 @@ def replies(stack):
     genl = stack.enter_context(netlink.Genl())
     domain = {"domain", "open-epoch", "committed-epoch", "sealed-epochs", "packets", "bytes", "dropped", "ports",
               "held-memory", "limit-packets", "limit-bytes"}
-    memory = {"memory", "device", "dirty-pages", "resident-pages", "snapshot-pages"}
+    memory = {"memory", "device", "dirty-pages", "resident-pages", "snapshot-pages", "cow-limit", "cow-policy",
+              "cow-peak", "cow-copies", "cow-waits", "memory-users"}
     done = {"domain", "epoch", "packets", "bytes", "dirty-pages", "duration-ns"}
     same(set(genl.new("plain")), domain, "domain-new")
     same(set(genl.new("web", 1 << 20)), domain | memory, "domain-new with memory")
     same(genl.get("web"), {"domain": "web", "open-epoch": 1, "committed-epoch": 0, "sealed-epochs": 0, "packets": 0,
                            "bytes": 0, "dropped": 0, "ports": 0, "held-memory": 0, "limit-packets": 0,
                            "limit-bytes": 0, "memory": 1 << 20, "device": "remus/web",
-                           "dirty-pages": 0, "resident-pages": 0, "snapshot-pages": 0}, "a new domain")
+                           "dirty-pages": 0, "resident-pages": 0, "snapshot-pages": 0, "cow-limit": 0, "cow-policy": 1,
+                           "cow-peak": 0, "cow-copies": 0, "cow-waits": 0, "memory-users": 0}, "a new domain")
     for name in "plain", "web":
         for reply in genl.seal(name), genl.seal(name), genl.commit(name, 1), genl.abort(name, 2), genl.discard(name):
             same(set(reply), done, "reply")

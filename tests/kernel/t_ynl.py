@@ -8,9 +8,10 @@ import sys
 import time
 
 import netlink
-from harness import TOP, Skip, same, test, true, until
+from harness import TOP, Kid, Skip, same, test, true, until
 from net import Line
 from netlink import ATTR, CMD, EVENTS, GUEST, Genl, options
+from ram import PAGE, Ram
 
 YNL = os.environ.get("REMUS_SOURCE", "")
 SPEC = f"{TOP}/docs/netlink/remus.yaml"
@@ -113,7 +114,8 @@ def command_line(stack):
     stack.callback(genl.delete, "web")
     said = cli("--do", "domain-new", "--json", '{"domain": "web"}', fails=True)
     true("there is a domain 'web' already" in said and "'bad-attr': '.domain'" in said, said)
-    same(cli("--dump", "domain-get"), [genl.dump()], "domain-get")
+    web = genl.get("web") | {"cow-policy": "throttle"}  # the client knows its name
+    same(cli("--dump", "domain-get"), [[web]], "domain-get")
 
 
 @test
@@ -221,6 +223,7 @@ def subscribe(stack):
             return any(row.split()[1] == "16" and int(row.split()[3], 16) for row in f.readlines()[1:])
     until(ready, "the client has subscribed", 60)
     os.set_blocking(process.stdout.fileno(), False)
+    genl.new("web", 1 << 20, cow_limit=1, cow_policy=2)
     line = Line(stack, "guest", domain="web", packets=4)
     line.send(*range(6))
     owner = Genl()
@@ -239,7 +242,19 @@ def subscribe(stack):
             got[event["name"]] = event["msg"]
         return set(names) <= set(got)
     until(lambda: all_of(["output-pending", "buffer-high", "overflow", "controller-gone"]), f"four events, got {got}")
+    with Ram("web") as device, device.map() as memory:
+        for policy, event in (2, "cow-abort"), (1, "cow-wait"):
+            genl.set("web", cow_policy=policy)
+            memory.write(0, bytes(2 * PAGE))
+            epoch = genl.seal("web")["epoch"]
+            # There is room for the first page's old content, not for the second's.
+            writer = Kid(memory.write, 0, bytes(2 * PAGE))
+            until(lambda name=event: all_of([name]), f"{event}, got {got}")
+            if policy == 1:
+                genl.abort("web", epoch)
+            writer.result()
     line.remove()
+    genl.delete("web")
     until(lambda: all_of(["domain-gone"]), f"the last event, got {got}")
     time.sleep(0.1)
     all_of([])
@@ -248,5 +263,5 @@ def subscribe(stack):
         same(set(got[name]), set(ops[name]["event"]["attributes"]), f"attributes of {name}")
         same(got[name]["domain"], "web", f"domain of {name}")
     same(got["overflow"]["dropped"] > 0, True, "dropped")
-    same(len(got), 5, "events")
+    same(len(got), len(EVENTS), "events")
     same(line.direction, GUEST, "direction")
