@@ -543,6 +543,7 @@ impl Ram {
             }
             match Block::alloc(order) {
                 Ok(block) => {
+                    let _charge = self.payer.charge();
                     for (page, number) in block.zip(first..) {
                         self.pages.insert(number, page)?;
                     }
@@ -722,12 +723,10 @@ impl Memory for Ram {
             if self.turn.load(Relaxed) != turn {
                 return;
             }
-            match self
-                .room_made
-                .wait_interruptible_timeout(&mut guard, msecs_to_jiffies(GLANCE_MS))
-            {
-                CondVarTimeoutResult::Signal { .. } => break,
-                _ => {}
+            let pause = msecs_to_jiffies(GLANCE_MS);
+            let woken = self.room_made.wait_interruptible_timeout(&mut guard, pause);
+            if matches!(woken, CondVarTimeoutResult::Signal { .. }) {
+                break;
             }
         }
         drop(guard);

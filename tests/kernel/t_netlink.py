@@ -291,13 +291,14 @@ def delete_in_use(stack):
     line.remove()
     line.receiver.nothing("the qdisc was deleted")
     with ram.Ram("web") as device:
-        refused(lambda: genl.delete("web"), errno.EBUSY, bad=DOMAIN, state=genl.dump)
         m = device.map()
         m.write(0, b"x")
         os.close(device.fd)
         device.fd = -1
-        refused(lambda: genl.delete("web"), errno.EBUSY, bad=DOMAIN, state=genl.dump)
-    genl.delete("web")
+        same(genl.get("web")["memory-users"], 1, "users")
+        genl.delete("web")  # whoever has its memory keeps it
+        m.write(1, b"y")
+        same(m.read(0, 2), b"xy", "its memory")
     refused(lambda: genl.get("web"), errno.ENOENT, bad=DOMAIN)
     refused(lambda: genl.delete("web"), errno.ENOENT, bad=DOMAIN)
 

@@ -16,7 +16,7 @@ import harness
 import ram
 from harness import Kid, SEED, Skip, fails, same, scaled, test, true, until
 from machine import Machine, content
-from netlink import Genl, Refused
+from netlink import Genl
 from ram import PAGE, Map, Ram, anonymous, check, libc
 
 
@@ -719,3 +719,51 @@ def pages_are_freed(stack):
     # KASAN keeps some of what is freed for a while; a page set that leaks is 4 MiB each time.
     lost = free - harness.memory_free()
     true(lost < 28 << 20, f"{lost >> 20} MiB are gone after {count} domains of {size >> 20} MiB with copies")
+
+
+@test
+def charged(stack):
+    """Who touches a page pays for it, who made the domain for what is kept about it: 1 % at most, and copies."""
+    top = "/run/cgroup"
+    os.makedirs(top, exist_ok=True)
+    check(libc.mount(b"none", top.encode(), b"cgroup2", ctypes.c_ulong(0), None))
+    stack.callback(libc.umount2, top.encode(), 2)
+    with open(f"{top}/cgroup.subtree_control", "w", encoding="ascii") as f:
+        f.write("+memory")
+
+    def group(name):
+        os.mkdir(f"{top}/{name}")
+        stack.callback(os.rmdir, f"{top}/{name}")
+
+        def run(function):
+            def inside():
+                with open(f"{top}/{name}/cgroup.procs", "w", encoding="ascii") as f:
+                    f.write("0")
+                return function()
+            return Kid(inside).result()
+
+        def used():
+            with open(f"{top}/{name}/memory.current", encoding="ascii") as f:
+                return int(f.read())
+        return run, used
+    maker, maker_used = group("maker")
+    toucher, toucher_used = group("toucher")
+    size = 64 << 20
+
+    def write():
+        with Ram("web") as device:
+            device.map().write(0, b"\x01" * size)
+    maker(lambda: Genl().new("web", size) and None)
+    before = maker_used(), toucher_used()
+    toucher(write)
+    after = maker_used(), toucher_used()
+    true(size <= after[1] - before[1] < size * 1.05, f"the toucher's: {before[1]} to {after[1]}")
+    true(0 < after[0] - before[0] < size / 100, f"the maker's: {before[0]} to {after[0]}")
+    with Genl() as genl:
+        epoch = genl.seal("web")["epoch"]
+        toucher(write)
+        copies = maker_used() - after[0]
+        true(size <= copies < size * 1.01 + (1 << 20), f"the copies: {copies}")
+        genl.commit("web", epoch)
+        genl.delete("web")
+    until(lambda: toucher_used() < before[1] + (1 << 20) and maker_used() < before[0] + (1 << 20), "all is given back")

@@ -75,7 +75,7 @@ def read_errors(stack):
             same((after, count), (END, 0), f"cursor {cursor}")
         else:
             same(int.from_bytes(buffer.read(0, 8), "little"), want, f"first page from cursor {cursor}")
-            same(buffer.read(8, PAGE), content(want), f"its content")
+            same(buffer.read(8, PAGE), content(want), "its content")
     # A batch that ends with the last page says that it was the last.
     same(read(cursor=48), (END, 8), "the last batch")
     # Not a byte more than the room for whole records is touched.
