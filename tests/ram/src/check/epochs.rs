@@ -106,8 +106,13 @@ struct Check<'a> {
 
 /// Does a whole run. Returns what it came to.
 pub fn run(options: &Options, seed: u64) -> Result<Value> {
-    let pages = options.memory * ((1 << 20) / PAGE as u64);
-    ensure!(pages.is_power_of_two(), "--memory takes a power of two");
+    let pages = options
+        .pages
+        .unwrap_or(options.memory * ((1 << 20) / PAGE as u64));
+    ensure!(
+        pages.is_power_of_two(),
+        "--memory and --pages take a power of two"
+    );
     // In the order in which they may go: devices and writers before domains.
     let domain = Domain::create(&options.domain, pages)?;
     let second = Domain::create(&format!("{}-standby", options.domain), pages)?;

@@ -47,8 +47,11 @@ pub struct Options {
     #[arg(long)]
     seed: Option<u64>,
     /// Size of the memory in MiB, a power of two
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = 16)]
     memory: u64,
+    /// Pages of the memory, a power of two, instead of its size
+    #[arg(long)]
+    pages: Option<u64>,
     /// How many processes write, besides the guest
     #[arg(long, default_value_t = 3)]
     writers: usize,

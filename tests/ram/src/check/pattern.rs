@@ -12,6 +12,9 @@ use remus_ram::PAGE;
 /// Pages that a writer keeps coming back to, and for how many rounds the same ones.
 const HOT: u64 = 64;
 const HOT_ROUNDS: u64 = 4;
+/// Most steps of a process, and most jobs of a guest, in a round.
+const MOST_STEPS: u64 = 2_000;
+const MOST_JOBS: u64 = 40;
 
 /// What a process does to the memory. `value` says what it writes.
 #[derive(Clone, Copy, Debug)]
@@ -105,6 +108,14 @@ impl Pattern {
         }
     }
 
+    /// At most how many steps to do in the round, and how many at a stretch. What a guest does in one
+    /// job takes a process many steps.
+    pub fn pace(&mut self, guest: bool) -> (u64, u64) {
+        let most = if guest { MOST_JOBS } else { MOST_STEPS };
+        let most = self.rng.random_range(0..=most);
+        (most, self.rng.random_range(1..=most / 8 + 1))
+    }
+
     /// The next step of a process.
     pub fn step(&mut self) -> Step {
         let page = self.page();
@@ -173,6 +184,7 @@ impl Pattern {
 
     /// Adds the pages that the first `steps` steps of a process write.
     pub fn process_writes(mut self, steps: u64, set: &mut Bits) {
+        self.pace(false);
         for _ in 0..steps {
             self.step().written(set);
         }
@@ -180,6 +192,7 @@ impl Pattern {
 
     /// Adds the pages that the first `jobs` jobs of a guest write.
     pub fn guest_writes(mut self, jobs: u64, set: &mut Bits) {
+        self.pace(true);
         for _ in 0..jobs {
             match self.job() {
                 Job::Scatter { mut state, count } | Job::Touch { mut state, count } => {

@@ -3,15 +3,15 @@
 //! A process that writes the memory, told by lines on its standard input when to:
 //!
 //! ```text
-//! run ROUND     begin the pattern of that round
+//! run ROUND     begin the pattern of that round, in bursts, up to a number of steps
 //! pause         stop after the step in progress; the answer is a line with the number of steps
 //! ```
 //!
 //! It ends with its input, so that it does not outlive the checker.
 
 use std::fs::File;
-use std::io::{self, BufRead, Write};
-use std::os::fd::AsRawFd;
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 
@@ -59,8 +59,8 @@ pub fn run(options: &Options) -> Result<()> {
 
 /// Does steps as the input says.
 fn obey(options: &Options, mut step: impl FnMut(&mut Pattern) -> Result<()>) -> Result<()> {
-    // Not buffered: what is in a buffer would not wake the poll.
-    let mut lines = Lines(io::stdin());
+    let input = io::stdin().as_fd().try_clone_to_owned()?;
+    let mut lines = Lines(BufReader::new(input.into()));
     let mut out = io::stdout();
     while let Some(line) = lines.next()? {
         let Some(round) = line.strip_prefix("run ") else {
@@ -68,9 +68,21 @@ fn obey(options: &Options, mut step: impl FnMut(&mut Pattern) -> Result<()>) -> 
         };
         let mut pattern = Pattern::new(options.seed, options.number, round.parse()?, options.pages);
         let mut steps = 0u64;
-        while !lines.ready()? {
-            step(&mut pattern).with_context(|| format!("step {steps} of round {round}"))?;
-            steps += 1;
+        let (most, burst) = pattern.pace(options.guest);
+        loop {
+            // Leaves the processors to those who read, now and then, and for good at the end.
+            let wait = match steps {
+                n if n == most => -1,
+                n if n % burst == 0 => 1,
+                _ => 0,
+            };
+            if lines.ready(wait)? {
+                break;
+            }
+            if steps < most {
+                step(&mut pattern).with_context(|| format!("step {steps} of round {round}"))?;
+                steps += 1;
+            }
         }
         match lines.next()?.as_deref() {
             Some("pause") => {
@@ -84,20 +96,22 @@ fn obey(options: &Options, mut step: impl FnMut(&mut Pattern) -> Result<()>) -> 
     Ok(())
 }
 
-/// Lines of the standard input. The other side waits for an answer before it sends another one, so
-/// nothing is ever left in the buffer.
-struct Lines(io::Stdin);
+/// Lines of the standard input.
+struct Lines(BufReader<File>);
 
 impl Lines {
-    /// Whether there is a line, or the end.
-    fn ready(&self) -> Result<bool> {
+    /// Whether there is a line, or the end, within so many milliseconds; -1 waits for it.
+    fn ready(&self, wait: i32) -> Result<bool> {
+        if !self.0.buffer().is_empty() {
+            return Ok(true);
+        }
         let mut poll = libc::pollfd {
-            fd: self.0.as_raw_fd(),
+            fd: self.0.get_ref().as_raw_fd(),
             events: libc::POLLIN,
             revents: 0,
         };
         // SAFETY: One entry, borrowed for the call.
-        match unsafe { libc::poll(&mut poll, 1, 0) } {
+        match unsafe { libc::poll(&mut poll, 1, wait) } {
             -1 => Err(io::Error::last_os_error()).context("cannot poll the input"),
             n => Ok(n > 0),
         }
@@ -105,7 +119,7 @@ impl Lines {
 
     fn next(&mut self) -> Result<Option<String>> {
         let mut line = String::new();
-        let length = self.0.lock().read_line(&mut line)?;
+        let length = self.0.read_line(&mut line)?;
         Ok((length > 0).then(|| line.trim_end().to_owned()))
     }
 }
