@@ -13,7 +13,7 @@ KDIR ?=
 # Debian's own Rust, from scripts/lib.sh: the controller shares source with the module.
 cargo = . scripts/lib.sh && build_tools && export CARGO_TARGET_DIR="$$TOP/build/cargo" && cd ctl && "$$CARGO"
 
-.PHONY: help kernel module ctl tc install uninstall guest demo test test-kernel test-qdisc-long test-tc test-errors test-takeover bench-qdisc lint check clean
+.PHONY: help kernel module ctl tc install uninstall guest demo test test-kernel test-qdisc-long test-ram-long test-tc test-errors test-takeover bench-qdisc bench-ram lint check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -56,6 +56,9 @@ test-kernel: ## only the kernel tests, on the debug flavour
 test-qdisc-long: ## the qdisc against a model, 100,000 steps, and 1,000,000 random netlink messages: an hour or two
 	@scripts/test.sh qdisc-long
 
+test-ram-long: ## the RAM device against a full copy of it at each of 2,000 seals: an hour
+	@scripts/test.sh ram-long
+
 test-tc: ## only tc with its plugin, by the kernel's own tdc
 	@scripts/test.sh tc
 
@@ -67,6 +70,9 @@ test-takeover: ## only the take-overs (RUNS=10), and single processes killed
 
 bench-qdisc: ## what holding packets costs, beside sch_plug, ifb and pfifo_fast
 	@tests/bench/qdisc/run
+
+bench-ram: ## what tracking and snapshots of memory cost, beside what Linux has
+	@tests/bench/ram/run
 
 lint: ## rustfmt, clippy for module and controller, shellcheck, Python syntax; warnings are errors
 	@scripts/lint.sh

@@ -102,7 +102,7 @@ impl Device {
         self.call(BITMAP, &mut argument)
             .with_context(|| format!("BITMAP of epoch {epoch}"))?;
         let needed = self.pages.div_ceil(64) * 8;
-        if argument.length < needed || argument.length % PAGE as u64 != 0 {
+        if argument.length < needed || !argument.length.is_multiple_of(PAGE as u64) {
             bail!(
                 "BITMAP of epoch {epoch}: {} bytes, where {needed} are needed, in whole pages",
                 argument.length

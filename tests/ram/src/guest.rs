@@ -12,7 +12,11 @@ use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{bail, Context, Result};
-use kvm_bindings::{kvm_regs, kvm_segment, kvm_userspace_memory_region, KVM_MEM_LOG_DIRTY_PAGES};
+use kvm_bindings::{
+    kvm_enable_cap, kvm_regs, kvm_segment, kvm_userspace_memory_region,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+    KVM_MEM_LOG_DIRTY_PAGES,
+};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 use crate::map::Map;
@@ -151,7 +155,7 @@ pub struct Guest {
 
 impl Guest {
     /// A machine whose memory is `memory`: 2^n pages, at most 2 GiB, mapped in this process for as long
-    /// as the machine runs. With `log`, KVM keeps its own log of dirty pages.
+    /// as the machine runs. With `log`, KVM keeps its own log of dirty pages, which is cleared by hand.
     pub fn new(memory: &Map, log: bool) -> Result<Self> {
         let pages = (memory.length() / PAGE) as u64;
         if !pages.is_power_of_two() || memory.length() > 1 << 31 {
@@ -160,6 +164,16 @@ impl Guest {
         let kvm = Kvm::new().context("cannot open /dev/kvm")?;
         let machine = kvm.create_vm().context("cannot make a virtual machine")?;
         machine.set_tss_address(TSS).ok();
+        if log {
+            let manual = kvm_enable_cap {
+                cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+                args: [KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE.into(), 0, 0, 0],
+                ..Default::default()
+            };
+            machine
+                .enable_cap(&manual)
+                .context("cannot clear KVM's log by hand")?;
+        }
         let region = Map::anonymous(REGION)?;
         for (n, piece) in PIECES.iter().enumerate() {
             region.write(n * APART, piece);

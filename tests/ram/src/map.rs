@@ -93,7 +93,7 @@ impl Map {
     /// The word at byte `at`, a multiple of 8.
     pub fn word(&self, at: usize) -> &AtomicU64 {
         let word = self.address(at, 8);
-        assert!(at % 8 == 0);
+        assert!(at.is_multiple_of(8));
         // SAFETY: Aligned, within the mapping, which the reference does not outlive; whoever else
         // writes it is of no concern to an atomic.
         unsafe { AtomicU64::from_ptr(word.cast()) }

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What the first write of a page in an epoch costs the writer.
+
+use anyhow::Result;
+
+use crate::linux::{Protected, Region};
+use crate::memory::{scattered, timed};
+use crate::stats::{Figure, Series, Target};
+use crate::Bench;
+
+/// Pages written in a round.
+const PAGES: usize = 2_000;
+
+/// Beside a memfd's first write after write protection, by userfaultfd and by PAGEMAP_SCAN.
+pub fn first(bench: &mut Bench) -> Result<()> {
+    let small = &bench.small;
+    let scanned = Protected::new(bench.small_mib, true)?;
+    let answered = Protected::new(bench.small_mib, false)?;
+    answered.answer()?;
+    let mut regions = vec![Region::default(); small.pages() as usize + 1];
+    let (mut plain, mut copied, mut scan, mut thread) =
+        <(Series, Series, Series, Series)>::default();
+    for round in bench.rounds() {
+        let pages = scattered(&mut bench.rng, small.pages(), PAGES);
+        let write = |map: &remus_ram::map::Map| -> Result<f64> {
+            let ((), took) = timed(|| {
+                map.write_pages(&pages, round.number);
+                Ok(())
+            })?;
+            Ok(took / 1e3 / PAGES as f64)
+        };
+        let mut took = [0.0; 4];
+        for turn in 0..4 {
+            let which = (round.number as usize + turn) % 4;
+            took[which] = match which {
+                // Nothing is sealed.
+                0 => {
+                    let took = write(&small.map)?;
+                    let epoch = small.seal_of(PAGES)?.epoch;
+                    small.commit(epoch)?;
+                    took
+                }
+                // The same pages are in a sealed epoch, and were not read.
+                1 => {
+                    small.map.write_pages(&pages, round.number);
+                    small.seal_of(PAGES)?;
+                    let took = write(&small.map)?;
+                    let epoch = small.seal_of(PAGES)?.epoch;
+                    small.commit(epoch)?;
+                    took
+                }
+                2 => {
+                    scanned.scan(&mut regions)?;
+                    write(&scanned.map)?
+                }
+                _ => {
+                    answered.protect()?;
+                    write(&answered.map)?
+                }
+            };
+        }
+        if round.counts {
+            plain.push(took[0]);
+            copied.push(took[1]);
+            scan.push(took[2]);
+            thread.push(took[3]);
+        }
+    }
+    let figure = Figure::new(
+        &plain.over(&scan.least(&thread)),
+        Target::AtMost(1.2),
+        "first write of a page in an epoch, by the cheaper of a memfd's after PAGEMAP_SCAN and after \
+         userfaultfd; 2,000 scattered pages of 64 MiB",
+    )
+    .beside("a page", "us", &plain)
+    .beside("a page, copied first", "us", &copied)
+    .beside("memfd, PAGEMAP_SCAN", "us", &scan)
+    .beside("memfd, userfaultfd and a thread", "us", &thread);
+    bench.add("first_write_us", figure);
+    Ok(())
+}
