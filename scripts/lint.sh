@@ -33,6 +33,7 @@ mapfile -t python < <(files '*.py'; by_first_line '\bpython3\b')
 step rustfmt "${RUSTC%/*}/rustfmt" --check --edition 2021 --config-path "$TOP/rustfmt.toml" --config skip_children=true "${rust[@]}"
 step "clippy, controller" bash -c 'cd ctl && "${RUSTC%/*}/cargo-clippy" clippy --quiet --locked --workspace --all-targets -- -D warnings'
 step "clippy, plugin of tc" bash -c 'cd qdisc/tc && CARGO_TARGET_DIR=$TOP/build/tc/cargo "${RUSTC%/*}/cargo-clippy" clippy --quiet --locked --all-targets -- -D warnings'
+step "clippy, ram-check" bash -c 'cd tests/ram && CARGO_TARGET_DIR=$TOP/build/ram/cargo "${RUSTC%/*}/cargo-clippy" clippy --quiet --release --locked --all-targets -- -D warnings'
 step "clippy, module" bash -c 'scripts/module.sh --lint release >/dev/null'
 [ ${#shell[@]} = 0 ] || step shellcheck shellcheck "${shell[@]}"
 [ ${#python[@]} = 0 ] || step "python syntax" python3 - "${python[@]}" <<'PY'

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0
 # Run tests and count their cases.
 #
-#   scripts/test.sh all|check|kernel|tc|errors|takeover|qdisc-long
+#   scripts/test.sh all|check|kernel|tc|errors|takeover|qdisc-long|ram-long
 #
 # Cases are counted from what the tests themselves print: cargo's "test result:" lines, and lines
 # "ok ..." and "not ok ..." (TAP) of the others. A step that fails without naming a failed case, such
@@ -12,8 +12,8 @@
 
 what=${1:-all}
 case $what in
-    all | check | kernel | tc | errors | takeover | qdisc-long) ;;
-    *) die "unknown tests '$what': say all, check, kernel, tc, errors, takeover or qdisc-long." ;;
+    all | check | kernel | tc | errors | takeover | qdisc-long | ram-long) ;;
+    *) die "unknown tests '$what': say all, check, kernel, tc, errors, takeover, qdisc-long or ram-long." ;;
 esac
 cd "$TOP"
 mkdir -p build/report build/test
@@ -41,7 +41,9 @@ host_tests() {
     cd ctl
     CARGO_TARGET_DIR=$TOP/build/cargo "$CARGO" test --quiet --locked --workspace --no-fail-fast || return 1
     cd ../qdisc/tc
-    CARGO_TARGET_DIR=$TOP/build/tc/cargo "$CARGO" test --quiet --locked --no-fail-fast
+    CARGO_TARGET_DIR=$TOP/build/tc/cargo "$CARGO" test --quiet --locked --no-fail-fast || return 1
+    cd ../../tests/ram
+    CARGO_TARGET_DIR=$TOP/build/ram/cargo "$CARGO" test --quiet --release --locked --no-fail-fast
 }
 
 if [ "$what" = all ] || [ "$what" = check ]; then
@@ -51,6 +53,8 @@ fi
 if [ "$what" = all ] || [ "$what" = kernel ]; then step "kernel tests" tests/kernel/run; fi
 # Not part of all: 100,000 steps against the model, 1,000,000 messages.
 if [ "$what" = qdisc-long ]; then step "qdisc, long" tests/kernel/run --long oracle. fuzz. netlink.dumps; fi
+# Not part of all either: 2,000 epochs against a full copy at each seal, on the release kernel, which is faster.
+if [ "$what" = ram-long ]; then step "RAM, long" env REMUS_FLAVOUR=release tests/kernel/run --long check.; fi
 if [ "$what" = all ] || [ "$what" = tc ]; then step "tc" tests/tdc/run; fi
 if [ "$what" = all ] || [ "$what" = errors ]; then step "errors" tests/errors/run; fi
 if [ "$what" = all ] || [ "$what" = takeover ]; then

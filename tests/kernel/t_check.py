@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: GPL-2.0
+"""The RAM device against ram-check (tests/ram), which shares no source with the module or with these tests."""
+import json
+import os
+import subprocess
+
+import harness
+from harness import DEBUG, SEED, Skip, same, scaled, test, true
+
+CHECKER = f"{harness.TOP}/build/ram/ram-check"
+
+
+def ram_check(stack, *arguments):
+    """Runs the checker; returns what it did."""
+    kid = subprocess.Popen([CHECKER, "--seed", str(SEED), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def end():
+        # Its writers end when their input does.
+        kid.kill()
+        kid.wait()
+    stack.callback(end)
+    out, said = kid.communicate()
+    true(kid.returncode == 0, f"ram-check: {said.strip()}")
+    return json.loads(out)
+
+
+def epochs():
+    return scaled(60 if DEBUG else 100, 2000)
+
+
+@test(seconds=1800)
+def processes_and_guest(stack):
+    if not os.path.exists("/dev/kvm"):
+        raise Skip("there is no /dev/kvm in this machine")
+    count = epochs()
+    done = ram_check(stack, "--epochs", str(count))
+    same(done["epochs"], count, "epochs")
+    same(done["committed"] + done["aborted"], count, "every epoch is decided")
+    # That it was a test at all.
+    for what in "pages", "process_steps", "guest_jobs", "committed", "aborted", "full", "most_copies", "read_again":
+        true(done[what] > 0, f"{what} in {done}")
+    true(done["most_sealed"] > 1, f"several epochs at once: {done}")
+
+
+@test(seconds=600)
+def one_page(stack):
+    """The smallest memory: every writer writes the same page all the time."""
+    done = ram_check(stack, "--epochs", str(scaled(40, 400)), "--pages", "1", "--no-guest")
+    true(done["most_copies"] > 0, f"copies: {done}")
