@@ -206,7 +206,8 @@ def two_namespaces(stack):
         genl.commit("web", done["epoch"])
         for line in here, there:
             line.receiver.expect([1, 2], "commit", settle=0.02)
-        there.remove()
+        with ns:
+            there.remove()
         genl.commit("web", genl.seal("web")["epoch"])
         here.receiver.expect([3], "commit")
         there.receiver.nothing("the qdisc is gone")
