@@ -212,6 +212,7 @@ def two_namespaces(stack):
         here.receiver.expect([3], "commit")
         there.receiver.nothing("the qdisc is gone")
         here.remove()
+    genl.delete("web")
 
 
 def checksum(data):
