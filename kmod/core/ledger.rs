@@ -27,6 +27,11 @@ impl Sum {
         self.packets += other.packets;
         self.bytes += other.bytes;
     }
+
+    fn sub(&mut self, other: Self) {
+        self.packets -= other.packets;
+        self.bytes -= other.bytes;
+    }
 }
 
 /// What is held for one epoch.
@@ -46,13 +51,13 @@ pub struct Record {
 ///
 /// - The `len` records from `head` on, around the end of `room`, have ascending epochs below
 ///   `open.epoch`, and each has a packet.
-/// - `held` is the sum over them and `open`.
+/// - `sealed` is the sum over them.
 pub struct Ledger<S> {
     room: S,
     head: usize,
     len: usize,
     open: Record,
-    held: Sum,
+    sealed: Sum,
 }
 
 impl<S: DerefMut<Target = [Record]>> Ledger<S> {
@@ -66,13 +71,15 @@ impl<S: DerefMut<Target = [Record]>> Ledger<S> {
                 epoch: open_epoch,
                 ..Record::default()
             },
-            held: Sum::default(),
+            sealed: Sum::default(),
         }
     }
 
     /// All that is held and not committed.
     pub fn held(&self) -> Sum {
-        self.held
+        let mut held = self.sealed;
+        held.add(self.open.sum);
+        held
     }
 
     /// How much room to lend before the next seal, if there may be too little: that seal, and a packet
@@ -107,9 +114,7 @@ impl<S: DerefMut<Target = [Record]>> Ledger<S> {
         if first {
             self.open.since = now();
         }
-        let one = Sum { packets: 1, bytes };
-        self.open.sum.add(one);
-        self.held.add(one);
+        self.open.sum.add(Sum { packets: 1, bytes });
         first
     }
 
@@ -137,8 +142,7 @@ impl<S: DerefMut<Target = [Record]>> Ledger<S> {
             self.head = (self.head + 1) % self.room.len().max(1);
             self.len -= 1;
         }
-        self.held.packets -= sum.packets;
-        self.held.bytes -= sum.bytes;
+        self.sealed.sub(sum);
         (sum, since)
     }
 
@@ -154,21 +158,25 @@ impl<S: DerefMut<Target = [Record]>> Ledger<S> {
             self.open.since = record.since;
             self.len -= 1;
         }
+        self.sealed.sub(sum);
         self.open.sum.add(sum);
         sum
     }
 
     /// All that was held is gone. Returns what that was.
     pub fn discard(&mut self) -> Sum {
+        let held = self.held();
         self.len = 0;
         self.open.sum = Sum::default();
-        core::mem::take(&mut self.held)
+        self.sealed = Sum::default();
+        held
     }
 
     /// Writes the open count down, and opens `epoch`.
     fn turn(&mut self, epoch: u64) {
         let (record, at) = (self.open, self.len);
         if record.sum.packets > 0 {
+            self.sealed.add(record.sum);
             let size = self.room.len();
             if at < size {
                 let slot = (self.head + at) % size;
