@@ -510,7 +510,7 @@ impl Domain {
         let state = self.state.lock();
         if !passing {
             port.stop_passing();
-        } else if !port.passing() {
+        } else if !port.view().passing {
             if state.owner.is_some() {
                 return Err(refusal!(EBUSY, "a process owns the domain: end it first"));
             }

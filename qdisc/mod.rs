@@ -9,9 +9,7 @@ pub(crate) mod port;
 
 use crate::{
     abi::{
-        hook::IngressHook,
         is_net_admin,
-        lock::SoftirqsOff,
         netlink::{
             Ack,
             Attr,
@@ -23,10 +21,11 @@ use crate::{
         qdisc::{
             Control,
             Enqueued,
+            Instance,
             Outgoing,
             Qdisc,
             Queue,
-            Waker, //
+            Unlocked, //
         },
         skb::Packet,
     },
@@ -51,7 +50,9 @@ use kernel::{
 use port::{
     Direction,
     Limits,
-    Port, //
+    Port,
+    State,
+    View, //
 };
 
 const LEN: usize = tca::MAX as usize + 1;
@@ -129,10 +130,12 @@ impl Options {
 impl Qdisc for Port {
     const KIND: &'static [u8] = uapi::FAMILY.as_bytes();
 
+    type State = State;
+
     fn init(
         control: &Control<'_>,
         options: Option<Attr<'_>>,
-        waker: Arc<Waker>,
+        instance: Arc<Instance<Self>>,
         ack: &Ack<'_>,
     ) -> Result<Arc<Self>> {
         let say = |refusal: Refusal| {
@@ -168,17 +171,20 @@ impl Qdisc for Port {
         } else {
             Direction::Egress
         });
-        let limits = options.limits(Limits::DEFAULT);
+        let limits = options.limits(Limits::default());
         let passing = options.passthrough.unwrap_or(false);
         domain::join(name, |domain, id| {
-            Port::new(domain, id, direction, limits, passing, waker)
+            Port::new(domain, id, direction, limits, passing, instance)
         })
-        .inspect(|port| port.bypass())
         .map_err(say)
     }
 
     fn hooks_ingress(&self) -> bool {
         self.direction() == Direction::Guest
+    }
+
+    fn receive(&self, packet: Packet, instance: Unlocked<'_, Self>) -> Option<Packet> {
+        self.take_incoming(packet, instance)
     }
 
     fn change(
@@ -202,34 +208,33 @@ impl Qdisc for Port {
                 r.error
             })?;
         }
-        this.set_limits(options.limits(this.limits()));
+        this.set_limits(|now| options.limits(now));
         Ok(())
     }
 
-    fn enqueue(&self, queue: &Queue<'_>, packet: Outgoing<'_>) -> Enqueued {
+    #[inline]
+    fn enqueue(&self, queue: &mut Queue<'_, Self>, packet: Outgoing<'_>) -> Enqueued {
         match self.direction() {
             Direction::Guest => packet.pass(queue),
             Direction::Egress => self.take_outgoing(queue, packet),
         }
     }
 
-    fn dequeue(&self, queue: &Queue<'_>) -> Option<Packet> {
+    #[inline]
+    fn dequeue(&self, queue: &mut Queue<'_, Self>) -> Option<Packet> {
         match self.direction() {
             Direction::Guest => queue.fifo_dequeue(),
             Direction::Egress => self.next_outgoing(queue),
         }
     }
 
-    fn reset(&self, queue: &Queue<'_>) {
-        match self.direction() {
-            // What the guest sent before is still held, by epoch.
-            Direction::Guest => queue.fifo_purge(),
-            Direction::Egress => {
-                self.discard_all();
-                // Nothing of it is in the instance's own queue; this sets the counters to zero.
-                queue.fifo_purge();
-            }
+    fn reset(&self, queue: &mut Queue<'_, Self>) {
+        // What a guest sent before is still held, by epoch.
+        if self.direction() == Direction::Egress {
+            self.discard_all(queue);
         }
+        // With `egress`, nothing held is in the instance's own queue; the scheduler sets the counters to zero.
+        queue.fifo_purge();
     }
 
     fn destroy(this: &Arc<Self>) {
@@ -237,7 +242,9 @@ impl Qdisc for Port {
     }
 
     fn dump(&self, message: &mut Message<'_>) -> Result {
-        let limits = self.limits();
+        let View {
+            limits, passing, ..
+        } = self.view();
         message.put_string(tca::DOMAIN, self.domain().name().as_bytes())?;
         message.put_u8(tca::DIRECTION, self.direction().number())?;
         message.put_u32(
@@ -245,18 +252,12 @@ impl Qdisc for Port {
             u32::try_from(limits.packets).unwrap_or(u32::MAX),
         )?;
         message.put_u64(tca::LIMIT_BYTES, limits.bytes)?;
-        message.put_u8(tca::PASSTHROUGH, self.passing().into())
+        message.put_u8(tca::PASSTHROUGH, passing.into())
     }
 
     type Stats = tca::Stats;
 
     fn stats(&self) -> tca::Stats {
         Port::stats(self)
-    }
-}
-
-impl IngressHook for Port {
-    fn receive(&self, packet: Packet, softirqs: SoftirqsOff<'_>) -> Option<Packet> {
-        self.take_incoming(packet, softirqs)
     }
 }

@@ -10,24 +10,21 @@
 //! module's work queue (guest), or by the queue discipline's dequeue, which the work queue sets going
 //! (egress).
 //!
-//! The open epoch is read under the lock of `State`. A seal stores the next epoch first, and takes that
-//! lock afterwards ([`Port::sealed`]): once it has, no packet is added to the sealed epoch any more.
+//! [`State`] is protected by the root lock of the device's queues, which is held anyway when a packet leaves. The
+//! open epoch is read under that lock. A seal stores the next epoch first, and takes the lock afterwards
+//! ([`Port::sealed`]): once it has, no packet is added to the sealed epoch any more.
 //!
-//! Lock order: the domain's lock, [`Port::delivery`], the waker's, the root lock of the device's queues,
-//! then that of `State`.
+//! Lock order: the domain's lock, [`Port::delivery`], then those of [`Instance`].
 
 use crate::{
     abi::{
-        lock::{
-            SoftirqsOff,
-            SpinLockBh, //
-        },
         netdev::Label,
         qdisc::{
             Enqueued,
+            Instance,
             Outgoing,
             Queue,
-            Waker, //
+            Unlocked, //
         },
         skb::{
             Packet,
@@ -58,12 +55,6 @@ use kernel::{
     new_work,
     prelude::*,
     sync::{
-        atomic::{
-            Acquire,
-            Atomic,
-            Full,
-            Release, //
-        },
         lock::{
             mutex::MutexBackend,
             Guard, //
@@ -116,12 +107,14 @@ pub(crate) struct Limits {
     pub(crate) bytes: u64,
 }
 
-impl Limits {
+impl Default for Limits {
     /// Of a port, unless `tc` says something else: 0.1 s of 10 Gbit/s in large packets.
-    pub(crate) const DEFAULT: Self = Self {
-        packets: 65_536,
-        bytes: 256 << 20,
-    };
+    fn default() -> Self {
+        Self {
+            packets: 65_536,
+            bytes: 256 << 20,
+        }
+    }
 }
 
 /// Packets dropped, by cause.
@@ -143,6 +136,7 @@ impl Drops {
 }
 
 /// What a port looks like.
+#[derive(Default)]
 pub(crate) struct View {
     /// Not committed yet.
     pub(crate) held: Sum,
@@ -155,42 +149,70 @@ pub(crate) struct View {
     pub(crate) passing: bool,
 }
 
-struct State {
+/// What a port holds. The root lock of its device's queues protects it.
+pub(crate) struct State {
     queue: PacketQueue,
     ledger: Ledger<KVVec<Record>>,
     /// Packets in the queue of this epoch, and before it, may go.
     committed: u64,
-    /// On the way out although their epoch is open: see [`Port::pass`]. Before all in `queue`.
-    released: PacketQueue,
+    /// So many packets at the head of the queue may go although their epoch is open: see [`Port::pass`].
+    released: u64,
+    /// Thrown away, but the device's queue still counts them.
+    discarded: PacketQueue,
+    /// Nothing is held: becomes true when what was held before is on its way, and false in a seal, or when
+    /// told to. Changes only under the domain's lock, too.
+    passing: bool,
     limits: Limits,
     drops: Drops,
     hold_last_ns: u64,
     hold_max_ns: u64,
-    /// How many packets dequeue may return, of those that may go.
-    budget: usize,
+    /// How many packets dequeue may return, of those that may go. Without limit it is the largest number, or
+    /// what is left of it.
+    budget: u64,
     /// What is here is counted for the domain too, which has a limit.
     counted: bool,
-    closed: bool,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self {
+            queue: PacketQueue::new(),
+            ledger: Ledger::new(KVVec::new(), 0),
+            committed: 0,
+            released: 0,
+            discarded: PacketQueue::new(),
+            passing: false,
+            limits: Limits::default(),
+            drops: Drops::default(),
+            hold_last_ns: 0,
+            hold_max_ns: 0,
+            budget: u64::MAX,
+            counted: false,
+        }
+    }
 }
 
 impl State {
-    fn packets(&self) -> u64 {
-        self.queue.packets() + self.released.packets()
+    /// The newest epoch of which the first packet in the queue may go.
+    fn due(&self) -> u64 {
+        if self.released > 0 {
+            u64::MAX
+        } else {
+            self.committed
+        }
     }
 
-    fn memory(&self) -> u64 {
-        self.queue.memory() + self.released.memory()
-    }
-
-    /// Whether a packet may go.
-    fn is_due(&self) -> bool {
-        self.released.is_due(u64::MAX) || self.queue.is_due(self.committed)
+    /// Everything may go.
+    fn release(&mut self) {
+        self.released = self.queue.packets();
+        self.ledger.discard();
     }
 
     /// The next packet that may go.
     fn pop(&mut self) -> Option<Packet> {
-        let packet = self.released.pop(u64::MAX);
-        packet.or_else(|| self.queue.pop(self.committed))
+        let packet = self.queue.pop(self.due())?;
+        self.released = self.released.saturating_sub(1);
+        Some(packet)
     }
 }
 
@@ -208,20 +230,12 @@ pub(crate) struct Port {
     /// Orders the ports of a domain.
     id: u64,
     direction: Direction,
-    waker: Arc<Waker>,
+    instance: Arc<Instance<Self>>,
     created: Instant<Monotonic>,
-    /// Nothing is held. Becomes true with `state` locked, so that what is held before goes first; becomes
-    /// false in a seal, or when told to, and only under the domain's lock.
-    passing: Atomic<bool>,
-    /// A packet may go, to save dequeue the lock as long as none may: it is called for each packet that
-    /// is held. Changes with `state` locked.
-    due: Atomic<bool>,
     /// Held by whoever hands packets of the guest on, so that they leave in order, and none after
     /// [`Port::close`].
     #[pin]
     delivery: Mutex<()>,
-    #[pin]
-    state: SpinLockBh<State>,
     #[pin]
     deliver: Work<Port>,
 }
@@ -239,7 +253,7 @@ impl WorkItem for Port {
             Direction::Guest => while this.hand_on(&this.delivery.lock(), BATCH) == BATCH {},
             Direction::Egress => {
                 let _delivery = this.delivery.lock();
-                this.waker.wake();
+                this.instance.wake();
             }
         }
     }
@@ -253,40 +267,25 @@ impl Port {
         direction: Direction,
         limits: Limits,
         passing: bool,
-        waker: Arc<Waker>,
+        instance: Arc<Instance<Self>>,
     ) -> Result<Arc<Self>, Refusal> {
-        let state = State {
-            queue: PacketQueue::new(),
-            ledger: Ledger::new(KVVec::new(), domain.open_epoch()),
-            committed: 0,
-            released: PacketQueue::new(),
-            limits,
-            drops: Drops::default(),
-            hold_last_ns: 0,
-            hold_max_ns: 0,
-            budget: usize::MAX,
-            counted: false,
-            closed: false,
-        };
-        Ok(Arc::pin_init(
+        let port = Arc::pin_init(
             pin_init!(Self {
                 domain,
                 id,
                 direction,
-                waker,
+                instance,
                 created: Instant::now(),
-                passing: Atomic::new(passing),
-                due: Atomic::new(false),
                 delivery <- new_mutex!((), "remus_delivery"),
-                state <- SpinLockBh::new(
-                    state,
-                    c"remus_port",
-                    kernel::static_lock_class!(),
-                ),
                 deliver <- new_work!("remus_deliver"),
             }),
             GFP_KERNEL,
-        )?)
+        )?;
+        port.instance.lock(|queue| {
+            queue.state.limits = limits;
+            port.set_passing(queue, passing);
+        });
+        Ok(port)
     }
 
     /// The domain it is a port of.
@@ -306,36 +305,27 @@ impl Port {
 
     /// Its device, as long as it is there.
     pub(crate) fn label(&self) -> Option<Label> {
-        self.waker.label()
+        self.instance.label()
     }
 
-    /// How much it may hold.
-    pub(crate) fn limits(&self) -> Limits {
-        self.state.lock().limits
+    /// Changes how much it may hold; what it holds already stays. Process context.
+    pub(crate) fn set_limits(&self, change: impl FnOnce(Limits) -> Limits) {
+        self.instance
+            .lock(|queue| queue.state.limits = change(queue.state.limits));
     }
 
-    /// Changes how much it may hold; what it holds already stays.
-    pub(crate) fn set_limits(&self, limits: Limits) {
-        self.state.lock().limits = limits;
-    }
-
-    /// Whether it holds nothing until the next seal.
-    pub(crate) fn passing(&self) -> bool {
-        self.passing.load(Acquire)
-    }
-
-    /// How it is now.
+    /// How it is now: nothing is left once its qdisc is gone. Process context.
     pub(crate) fn view(&self) -> View {
-        let state = self.state.lock();
-        View {
-            held: state.ledger.held(),
-            memory: state.memory(),
-            drops: state.drops,
-            limits: state.limits,
-            hold_last_ns: state.hold_last_ns,
-            hold_max_ns: state.hold_max_ns,
-            passing: self.passing(),
-        }
+        let view = self.instance.lock(|queue| View {
+            held: queue.state.ledger.held(),
+            memory: queue.state.queue.memory(),
+            drops: queue.state.drops,
+            limits: queue.state.limits,
+            hold_last_ns: queue.state.hold_last_ns,
+            hold_max_ns: queue.state.hold_max_ns,
+            passing: queue.state.passing,
+        });
+        view.unwrap_or_default()
     }
 
     /// What `tc -s` shows.
@@ -363,122 +353,97 @@ impl Port {
         u64::try_from(self.created.elapsed().as_nanos()).unwrap_or(0)
     }
 
-    /// Takes a packet that the device received; returns it if it passes. Softirqs are off.
+    /// Takes a packet that the device received; returns it if it passes.
     pub(crate) fn take_incoming(
         &self,
-        mut packet: Packet,
-        softirqs: SoftirqsOff<'_>,
+        packet: Packet,
+        instance: Unlocked<'_, Self>,
     ) -> Option<Packet> {
-        // A packet that overlooks the first seal was sent before it.
-        if self.passing() {
-            return Some(packet);
-        }
-        let detached = packet.detach();
-        match self.hold(packet, detached, softirqs, |_| ()) {
+        match instance.lock(|queue| self.hold(queue, packet, |_, _| ())) {
             Verdict::Pass(packet) => Some(packet),
             Verdict::Held(()) | Verdict::Drop(_) => None,
         }
     }
 
-    /// Takes a packet on its way out. Root lock held. Its socket does not account for it any more: it
-    /// would be stuck for an epoch, and would keep its namespace.
-    pub(crate) fn take_outgoing(&self, queue: &Queue<'_>, packet: Outgoing<'_>) -> Enqueued {
-        let (mut packet, caller) = packet.into_parts();
-        if self.passing() {
-            return caller.pass(queue, packet);
-        }
-        let detached = packet.detach();
-        match self.hold(packet, detached, queue.softirqs_off(), |packet| {
-            queue.held(packet)
-        }) {
+    /// Takes a packet on its way out.
+    #[inline]
+    pub(crate) fn take_outgoing(
+        &self,
+        queue: &mut Queue<'_, Self>,
+        packet: Outgoing<'_>,
+    ) -> Enqueued {
+        let (packet, caller) = packet.into_parts();
+        match self.hold(queue, packet, |queue, packet| queue.held(packet)) {
             Verdict::Held(enqueued) => enqueued,
             Verdict::Pass(packet) => caller.pass(queue, packet),
             Verdict::Drop(packet) => caller.drop(queue, packet),
         }
     }
 
-    /// Decides on a packet. `account` is called before it is kept.
+    /// Decides on a packet. Its socket does not account for it any more if it is held: it would be stuck for
+    /// an epoch, and would keep its namespace. `account` is called before it is kept.
+    #[inline]
     fn hold<R>(
         &self,
-        packet: Packet,
-        detached: bool,
-        softirqs: SoftirqsOff<'_>,
-        account: impl FnOnce(&Packet) -> R,
+        queue: &mut Queue<'_, Self>,
+        mut packet: Packet,
+        account: impl FnOnce(&Queue<'_, Self>, &Packet) -> R,
     ) -> Verdict<R> {
-        let memory = u64::from(packet.memory());
-        let mut state = self.state.lock_softirq(softirqs);
-        if self.passing() {
+        let state = &mut *queue.state;
+        if state.passing {
             return Verdict::Pass(packet);
         }
-        if !detached {
+        if !packet.detach() {
             state.drops.memory += 1;
             return Verdict::Drop(packet);
         }
-        if state.closed {
-            state.drops.discarded += 1;
+        let memory = u64::from(packet.memory());
+        let (packets, bytes) = (state.queue.packets() + 1, state.queue.memory() + memory);
+        let near = packets > state.limits.packets / 2 || bytes > state.limits.bytes / 2;
+        if (near || state.counted) && !self.fits(state, packets, bytes, memory) {
             return Verdict::Drop(packet);
         }
-        let (packets, bytes) = (state.packets() + 1, state.memory() + memory);
-        if packets > state.limits.packets
-            || bytes > state.limits.bytes
-            || (state.counted && !self.domain.take(memory))
-        {
-            state.drops.limit += 1;
-            self.domain.tell(Event::Overflow);
-            return Verdict::Drop(packet);
-        }
-        let result = account(&packet);
-        let epoch = self.domain.open_epoch();
+        let result = account(queue, &packet);
+        let (state, epoch) = (&mut *queue.state, self.domain.open_epoch());
         let first = state.ledger.hold(epoch, packet.len().into(), || self.now());
         state.queue.push(packet, epoch);
         if first {
             self.domain.tell(Event::OutputPending);
         }
-        if packets > state.limits.packets / 2 || bytes > state.limits.bytes / 2 {
-            self.domain.tell(Event::BufferHigh);
-        }
         Verdict::Held(result)
     }
 
-    /// The next packet that may leave. Root lock held.
-    pub(crate) fn next_outgoing(&self, queue: &Queue<'_>) -> Option<Packet> {
-        if !self.due.load(Acquire) {
-            return self.next_passed(queue);
+    /// Whether the limits allow another packet, of so much memory, which makes it so many. Tells listeners if
+    /// not, and well before.
+    #[inline(never)]
+    fn fits(&self, state: &mut State, packets: u64, bytes: u64, memory: u64) -> bool {
+        let limits = state.limits;
+        let fits = packets <= limits.packets
+            && bytes <= limits.bytes
+            && (!state.counted || self.domain.take(memory));
+        if !fits {
+            state.drops.limit += 1;
+            self.domain.tell(Event::Overflow);
+        } else if packets > limits.packets / 2 || bytes > limits.bytes / 2 {
+            self.domain.tell(Event::BufferHigh);
         }
-        let packet = {
-            let mut state = self.state.lock_softirq(queue.softirqs_off());
-            if state.budget == 0 {
-                return None;
-            }
-            // What passed came after what is released, and before what is held.
-            let packet = match state.released.pop(u64::MAX) {
-                None if queue.fifo_is_empty() => state.pop(),
-                packet => packet,
-            };
-            match &packet {
-                Some(packet) => {
-                    state.budget -= usize::from(state.budget != usize::MAX);
-                    self.gone(&state, 1, packet.memory().into());
-                }
-                None => self.due.store(state.is_due(), Release),
-            }
-            packet
-        };
-        match packet {
-            Some(packet) => {
-                queue.sent(&packet);
-                Some(packet)
-            }
-            None => self.next_passed(queue),
-        }
+        fits
     }
 
-    /// The next packet of those that pass through the queue. Root lock held.
-    fn next_passed(&self, queue: &Queue<'_>) -> Option<Packet> {
-        if queue.fifo_is_empty() {
+    /// The next packet that may leave.
+    #[inline]
+    pub(crate) fn next_outgoing(&self, queue: &mut Queue<'_, Self>) -> Option<Packet> {
+        if queue.state.budget == 0 {
             return None;
         }
-        queue.fifo_dequeue()
+        // What passed came after what is released, and before what is held.
+        if queue.state.released == 0 && !queue.fifo_is_empty() {
+            return queue.fifo_dequeue();
+        }
+        let packet = queue.state.pop()?;
+        queue.state.budget -= 1;
+        self.gone(queue.state, 1, packet.memory().into());
+        Some(queue.sent(packet))
     }
 
     /// So many packets are not here any more.
@@ -490,26 +455,28 @@ impl Port {
 
     /// Counts what is here for the domain too from now on, or not any more. The domain's lock held.
     pub(crate) fn count(&self, counted: bool) {
-        let mut state = self.state.lock();
-        if state.counted != counted {
-            let (packets, memory) = (state.packets(), state.memory());
-            if counted {
-                self.domain.add(packets, memory);
-            } else {
-                self.domain.give(packets, memory);
+        self.instance.lock(|queue| {
+            let state = &mut *queue.state;
+            if state.counted != counted {
+                let (packets, memory) = (state.queue.packets(), state.queue.memory());
+                if counted {
+                    self.domain.add(packets, memory);
+                } else {
+                    self.domain.give(packets, memory);
+                }
+                state.counted = counted;
             }
-            state.counted = counted;
-        }
+        });
     }
 
     /// Makes sure that the next seal has what it needs. Process context; the domain's lock held.
     pub(crate) fn prepare_seal(&self) -> Result<(), Refusal> {
-        let wanted = self.state.lock().ledger.wants_room();
-        if let Some(records) = wanted {
+        let wanted = self.instance.lock(|queue| queue.state.ledger.wants_room());
+        if let Some(records) = wanted.flatten() {
             let mut room = KVVec::new();
             room.resize(records, Record::default(), GFP_KERNEL)?;
             // The old one is freed after the lock.
-            let _old = self.state.lock().ledger.lend(room);
+            let _old = self.instance.lock(|queue| queue.state.ledger.lend(room));
         }
         Ok(())
     }
@@ -517,33 +484,36 @@ impl Port {
     /// `epoch` was sealed, and the domain's next one is stored: from here on no packet is added to it.
     /// Returns what is in it.
     pub(crate) fn sealed(&self, epoch: u64) -> Sum {
-        // Protection begins. What passes a moment later has been sent before.
-        self.stop_passing();
-        self.state.lock().ledger.seal(epoch)
+        let sum = self.instance.lock(|queue| {
+            // Protection begins. What passes a moment later has been sent before.
+            self.set_passing(queue, false);
+            queue.state.ledger.seal(epoch)
+        });
+        sum.unwrap_or_default()
     }
 
     /// All epochs sealed after `newest` were folded into the open one. Their packets stay where they
     /// are: those epochs will not be committed by themselves, only together with the open one (see
     /// `core::epoch`). Returns what was in them.
     pub(crate) fn aborted(&self, newest: u64) -> Sum {
-        self.state.lock().ledger.abort(newest)
+        let sum = self.instance.lock(|queue| queue.state.ledger.abort(newest));
+        sum.unwrap_or_default()
     }
 
     /// Lets the packets up to `epoch` go. Process context; the domain's lock held. Returns what that is:
     /// the first packet leaves now, the others a moment later, in order.
     pub(crate) fn committed(self: &Arc<Self>, epoch: u64) -> Sum {
-        let (sum, due) = {
-            let mut state = self.state.lock();
+        let done = self.instance.lock(|queue| {
+            let state = &mut *queue.state;
             state.committed = epoch;
-            let due = state.is_due();
-            self.due.store(due, Release);
             let (sum, since) = state.ledger.commit(epoch);
             if let Some(since) = since {
                 state.hold_last_ns = self.now().saturating_sub(since);
                 state.hold_max_ns = state.hold_max_ns.max(state.hold_last_ns);
             }
-            (sum, due)
-        };
+            (sum, state.queue.is_due(state.due()))
+        });
+        let (sum, due) = done.unwrap_or_default();
         if due {
             self.start_handing_on();
         }
@@ -560,9 +530,9 @@ impl Port {
                     self.hand_on(&delivery, 1);
                 }
                 Direction::Egress => {
-                    self.state.lock().budget = 1;
-                    self.waker.wake();
-                    self.state.lock().budget = usize::MAX;
+                    self.instance.lock(|queue| queue.state.budget = 1);
+                    self.instance.wake();
+                    self.instance.lock(|queue| queue.state.budget = u64::MAX);
                 }
             }
         }
@@ -576,16 +546,15 @@ impl Port {
     /// sleep.
     fn hand_on(&self, _: &Delivery<'_>, most: u64) -> u64 {
         let mut batch = PacketQueue::new();
-        {
-            let mut state = self.state.lock();
+        self.instance.lock(|queue| {
             while batch.packets() < most {
-                match state.pop() {
+                match queue.state.pop() {
                     Some(packet) => batch.push(packet, 0),
                     None => break,
                 }
             }
-            self.gone(&state, batch.packets(), batch.memory());
-        }
+            self.gone(queue.state, batch.packets(), batch.memory());
+        });
         let packets = batch.packets();
         if packets > 0 {
             batch.receive();
@@ -600,80 +569,89 @@ impl Port {
             // What passes will not wait here, so what waits has to go first. Under more traffic than
             // this can hand on a few packets are overtaken.
             for _ in 0..1024 {
-                self.release_held(false);
+                self.instance.lock(|queue| queue.state.release());
                 if self.hand_on(&self.delivery.lock(), BATCH) < BATCH {
                     break;
                 }
             }
         }
-        self.release_held(true);
-        self.bypass();
+        self.instance.lock(|queue| {
+            queue.state.release();
+            self.set_passing(queue, true);
+        });
         self.start_handing_on();
     }
 
-    /// While nothing is held, lets packets leave without being queued. Process context, may sleep.
-    pub(crate) fn bypass(&self) {
+    /// While nothing is held, packets need not be queued on their way out.
+    fn set_passing(&self, queue: &mut Queue<'_, Self>, passing: bool) {
+        queue.state.passing = passing;
         if self.direction == Direction::Egress {
-            // Under that lock, so that `stop_passing` comes either before this or after.
-            self.waker.lock(|queue| queue.set_bypass(self.passing()));
+            queue.set_bypass(passing);
         }
     }
 
-    fn release_held(&self, passing: bool) {
-        let mut state = self.state.lock();
-        let held = core::mem::replace(&mut state.queue, PacketQueue::new());
-        state.released.append(held);
-        state.ledger.discard();
-        self.due.store(state.is_due(), Release);
-        self.passing.store(passing, Release);
-    }
-
-    /// Holds everything from now on. Process context, may sleep.
+    /// Holds everything from now on. Process context; the domain's lock held.
     pub(crate) fn stop_passing(&self) {
-        if self.passing.xchg(false, Full) {
-            self.bypass();
-        }
+        self.instance.lock(|queue| self.set_passing(queue, false));
     }
 
     /// Drops, and counts, everything that is not committed. Process context. Returns what that was.
     pub(crate) fn discard(&self) -> Sum {
-        let (sum, mut gone) = {
-            let mut state = self.state.lock();
-            let committed = state.committed;
-            let mut rest = core::mem::replace(&mut state.queue, PacketQueue::new());
+        let done = self.instance.lock(|queue| {
+            let state = &mut *queue.state;
             // What may go already, but is still here.
-            while let Some(packet) = rest.pop(committed) {
-                state.released.push(packet, 0);
+            let mut due = PacketQueue::new();
+            while let Some(packet) = state.pop() {
+                due.push(packet, 0);
             }
+            state.released = due.packets();
+            let rest = core::mem::replace(&mut state.queue, due);
             state.drops.discarded += rest.packets();
-            self.gone(&state, rest.packets(), rest.memory());
-            (state.ledger.discard(), rest)
-        };
+            self.gone(state, rest.packets(), rest.memory());
+            let sum = state.ledger.discard();
+            match self.direction {
+                Direction::Guest => (sum, Some(rest)),
+                Direction::Egress => {
+                    state.discarded.append(rest);
+                    (sum, None)
+                }
+            }
+        });
+        // Those of a guest are freed here, after the lock.
+        let (sum, _gone) = done.unwrap_or_default();
         if self.direction == Direction::Egress {
-            while self.waker.lock(|queue| queue.forget(&mut gone, BATCH)) == Some(BATCH) {}
+            while self.instance.lock(|queue| self.forget(queue)) == Some(true) {}
         }
         sum
     }
 
-    /// Drops, and counts, everything. Any context.
-    pub(crate) fn discard_all(&self) {
-        // Dropped after the lock.
-        let _gone = {
-            let mut state = self.state.lock();
-            state.ledger.discard();
-            state.drops.discarded += state.packets();
-            self.gone(&state, state.packets(), state.memory());
-            (
-                core::mem::replace(&mut state.queue, PacketQueue::new()),
-                core::mem::replace(&mut state.released, PacketQueue::new()),
-            )
-        };
+    /// Has the device's queue forget some of what was discarded. Whether there may be more.
+    fn forget(&self, queue: &mut Queue<'_, Self>) -> bool {
+        for _ in 0..BATCH {
+            match queue.state.discarded.pop(u64::MAX) {
+                Some(packet) => queue.forget(packet),
+                None => return false,
+            }
+        }
+        true
     }
 
-    /// The port leaves its domain: what it holds is dropped, never sent. RTNL held, process context.
+    /// Drops, and counts, everything.
+    pub(crate) fn discard_all(&self, queue: &mut Queue<'_, Self>) {
+        let state = &mut *queue.state;
+        state.ledger.discard();
+        state.drops.discarded += state.queue.packets();
+        self.gone(state, state.queue.packets(), state.queue.memory());
+        state.released = 0;
+        for queue in [&mut state.queue, &mut state.discarded] {
+            *queue = PacketQueue::new();
+        }
+    }
+
+    /// The port leaves its domain: what it holds is dropped, never sent. RTNL held, process context;
+    /// nothing is held any more.
     pub(crate) fn close(self: &Arc<Self>) {
-        self.state.lock().closed = true;
-        self.discard_all();
+        self.instance.lock(|queue| self.discard_all(queue));
         // Whoever hands packets on is done with the device after this, and will find no more.
         drop(self.delivery.lock());
         self.domain.leave(self);

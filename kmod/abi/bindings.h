@@ -31,16 +31,18 @@ bool remus_skb_detach(struct sk_buff *skb);
 void remus_skb_free(struct sk_buff *skb);
 void remus_skb_receive(struct sk_buff *first);
 
-void *remus_qdisc_priv(struct Qdisc *sch);
 struct net_device *remus_qdisc_dev(const struct Qdisc *sch);
 struct sk_buff *remus_qdisc_peek(struct Qdisc *sch);
 int remus_qdisc_fifo_enqueue(struct sk_buff *skb, struct Qdisc *sch, struct sk_buff **to_free);
 struct sk_buff *remus_qdisc_fifo_dequeue(struct Qdisc *sch);
 void remus_qdisc_fifo_purge(struct Qdisc *sch);
-void remus_qdisc_sent(struct Qdisc *sch, const struct sk_buff *skb);
+struct sk_buff *remus_qdisc_sent(struct Qdisc *sch, struct sk_buff *skb);
 void remus_qdisc_forgotten(struct Qdisc *sch, const struct sk_buff *skb);
 void remus_qdisc_lock(struct Qdisc *sch);
 void remus_qdisc_unlock(struct Qdisc *sch);
+void remus_qdisc_lock_softirq(struct Qdisc *sch);
+void remus_qdisc_unlock_softirq(struct Qdisc *sch);
+bool remus_qdisc_is_dying(const struct Qdisc *sch);
 void remus_qdisc_wake(struct Qdisc *sch);
 void remus_qdisc_settle(struct Qdisc *sch);
 int remus_qdisc_drop(struct sk_buff *skb, struct Qdisc *sch, struct sk_buff **to_free);
@@ -52,11 +54,6 @@ void remus_dev_copy_name(const struct net_device *dev, char *name);
 int remus_dev_ifindex(const struct net_device *dev);
 
 struct workqueue_struct *remus_workqueue_new(void);
-
-void remus_spin_lock_bh(spinlock_t *lock);
-void remus_spin_lock(spinlock_t *lock);
-void remus_spin_unlock(spinlock_t *lock);
-void remus_spin_unlock_bh(spinlock_t *lock);
 
 struct sk_buff *remus_genl_new(const struct genl_family *family, u32 portid, u32 seq, u8 cmd, void **header);
 int remus_genl_reply(struct sk_buff *msg, void *header, struct genl_info *info);

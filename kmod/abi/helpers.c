@@ -62,11 +62,6 @@ void remus_skb_receive(struct sk_buff *first)
 	local_bh_enable();
 }
 
-void *remus_qdisc_priv(struct Qdisc *sch)
-{
-	return qdisc_priv(sch);
-}
-
 struct net_device *remus_qdisc_dev(const struct Qdisc *sch)
 {
 	return qdisc_dev(sch);
@@ -97,12 +92,13 @@ void remus_qdisc_fifo_purge(struct Qdisc *sch)
 	__qdisc_reset_queue(&sch->q);
 }
 
-/* Account for a packet that was held, and that dequeue returns. */
-void remus_qdisc_sent(struct Qdisc *sch, const struct sk_buff *skb)
+/* Account for a packet that was held, and that dequeue returns: as its last call, so that it costs a jump. */
+struct sk_buff *remus_qdisc_sent(struct Qdisc *sch, struct sk_buff *skb)
 {
 	sch->q.qlen--;
 	qdisc_qstats_backlog_dec(sch, skb);
 	qdisc_bstats_update(sch, skb);
+	return skb;
 }
 
 /* The same for a packet that is dropped instead. */
@@ -121,6 +117,23 @@ void remus_qdisc_lock(struct Qdisc *sch)
 void remus_qdisc_unlock(struct Qdisc *sch)
 {
 	spin_unlock_bh(qdisc_lock(sch));
+}
+
+/* The same where softirqs are off already. */
+void remus_qdisc_lock_softirq(struct Qdisc *sch)
+{
+	spin_lock(qdisc_lock(sch));
+}
+
+void remus_qdisc_unlock_softirq(struct Qdisc *sch)
+{
+	spin_unlock(qdisc_lock(sch));
+}
+
+/* Whether the scheduler is about to destroy it: it resets it first, without the root lock. */
+bool remus_qdisc_is_dying(const struct Qdisc *sch)
+{
+	return !refcount_read(&sch->refcnt);
 }
 
 /*
@@ -186,26 +199,6 @@ int remus_dev_ifindex(const struct net_device *dev)
 struct workqueue_struct *remus_workqueue_new(void)
 {
 	return alloc_workqueue("remus", WQ_UNBOUND, 0);
-}
-
-void remus_spin_lock_bh(spinlock_t *lock)
-{
-	spin_lock_bh(lock);
-}
-
-void remus_spin_lock(spinlock_t *lock)
-{
-	spin_lock(lock);
-}
-
-void remus_spin_unlock(spinlock_t *lock)
-{
-	spin_unlock(lock);
-}
-
-void remus_spin_unlock_bh(spinlock_t *lock)
-{
-	spin_unlock_bh(lock);
 }
 
 /* An answer to portid and seq, or an event, for which both are 0. */

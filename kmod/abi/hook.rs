@@ -8,13 +8,15 @@
 
 use super::{
     bindings,
-    lock::SoftirqsOff,
     netdev::Device,
     skb::Packet,
     AssertSync,
     Plain, //
 };
-use core::ptr::NonNull;
+use core::{
+    marker::PhantomData,
+    ptr::NonNull, //
+};
 use kernel::{
     error::to_result,
     ffi::{
@@ -22,11 +24,20 @@ use kernel::{
         c_void, //
     },
     prelude::*,
-    sync::Arc, //
+    sync::Arc,
+    types::NotThreadSafe, //
 };
 
+/// Proof that softirqs are off on this processor, for `'a`.
+///
+/// # Invariants
+///
+/// They are.
+#[derive(Clone, Copy)]
+pub(super) struct SoftirqsOff<'a>(PhantomData<&'a ()>, NotThreadSafe);
+
 /// What sees the packets.
-pub(crate) trait IngressHook: Send + Sync + 'static {
+pub(super) trait IngressHook: Send + Sync + 'static {
     /// Called for each packet that the device receives, after the taps and tc's ingress.
     ///
     /// Softirq context, or process context with softirqs off; several processors at once. Returns
@@ -40,7 +51,7 @@ pub(crate) trait IngressHook: Send + Sync + 'static {
 ///
 /// - `ops` is registered with the namespace `net`, and its `priv_` points to `_hook`.
 /// - The device of `ops` stays in `net` until this is dropped.
-pub(crate) struct Registration<T: IngressHook> {
+pub(super) struct Registration<T: IngressHook> {
     ops: KBox<AssertSync<bindings::nf_hook_ops>>,
     net: AssertSync<*mut bindings::net>,
     _hook: Arc<T>,
@@ -98,9 +109,9 @@ impl<T: IngressHook> Registration<T> {
         // SAFETY: Netfilter gives the packet to the hook until it says NF_ACCEPT; it is on no list,
         // and on ingress the control block is free for each hook to use.
         let packet = unsafe { Packet::from_raw(skb) };
-        // SAFETY: Ingress hooks are called by `__netif_receive_skb_core()`, which runs in a softirq, or in
+        // INVARIANT: Ingress hooks are called by `__netif_receive_skb_core()`, which runs in a softirq, or in
         // process context with softirqs off (as a tap does for what its user writes).
-        match hook.receive(packet, unsafe { SoftirqsOff::new() }) {
+        match hook.receive(packet, SoftirqsOff(PhantomData, NotThreadSafe)) {
             Some(packet) => {
                 packet.into_raw();
                 bindings::NF_ACCEPT

@@ -7,7 +7,6 @@
 //!
 //! | file | of |
 //! |---|---|
-//! | `lock.rs` | `spin_lock_bh()` |
 //! | `skb.rs` | packets: `struct sk_buff`, owned, alone or in a queue |
 //! | `netdev.rs` | `struct net_device`, as far as a qdisc sees it |
 //! | `qdisc.rs` | queue disciplines |
@@ -22,8 +21,7 @@
 
 pub(crate) mod array;
 mod bindings;
-pub(crate) mod hook;
-pub(crate) mod lock;
+mod hook;
 pub(crate) mod memcg;
 pub(crate) mod netdev;
 pub(crate) mod netlink;

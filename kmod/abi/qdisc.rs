@@ -4,12 +4,18 @@
 //!
 //! To implement one, a module must do the following:
 //!
-//! - implement [`Qdisc`] for the state of one instance, which also is the [`IngressHook`] of the
-//!   device if [`Qdisc::hooks_ingress`] says so;
+//! - implement [`Qdisc`] for one instance, and its [`Default`] for what the root lock protects;
 //! - create and keep a [`Registration`].
 //!
 //! An instance can only be the root of its device. Methods get the lock that is held as a type:
 //! [`Control`] means the RTNL, [`Queue`] the root lock of the device's queues.
+//!
+//! The scheduler holds the root lock whenever it enqueues or dequeues. It is the lock inside the instance's
+//! own `struct Qdisc` (`qdisc_lock()`), as the instance is the root. It protects [`Qdisc::State`], too, so that a
+//! packet costs no lock of the instance's own. Whoever else wants that state takes the root lock as well: in
+//! process context through an [`Instance`], in the ingress hook through an [`Unlocked`].
+//!
+//! Lock order: the RTNL, the mutex of an [`Instance`], the root lock.
 //!
 //! C headers: [`include/net/sch_generic.h`](srctree/include/net/sch_generic.h),
 //! [`include/net/pkt_sched.h`](srctree/include/net/pkt_sched.h)
@@ -18,9 +24,9 @@ use super::{
     bindings,
     hook::{
         self,
-        IngressHook, //
+        IngressHook,
+        SoftirqsOff, //
     },
-    lock::SoftirqsOff,
     netdev::{
         Device,
         Label, //
@@ -32,16 +38,16 @@ use super::{
     },
     not_supported, //
     put_name,
-    skb::{
-        Packet,
-        PacketQueue, //
-    },
+    skb::Packet,
     AssertSync,
     Plain,
 };
 use core::{
+    cell::UnsafeCell,
     marker::PhantomData,
     ptr::{
+        addr_of,
+        addr_of_mut,
         null_mut,
         NonNull, //
     },
@@ -58,21 +64,27 @@ use kernel::{
     transmute::AsBytes,
 };
 
-/// The state of one instance of a queue discipline.
-pub(crate) trait Qdisc: IngressHook + Sized {
+/// One instance of a queue discipline.
+pub(crate) trait Qdisc: Send + Sync + Sized + 'static {
     /// Its kind, as given to `tc`, at most 15 bytes.
     const KIND: &'static [u8];
 
-    /// Creates an instance. `waker` wakes its device. RTNL held, process context.
+    /// What the root lock protects: [`Queue::state`].
+    type State: Default + Send;
+
+    /// Creates an instance. Its state is there already. RTNL held, process context.
     fn init(
         control: &Control<'_>,
         options: Option<Attr<'_>>,
-        waker: Arc<Waker>,
+        instance: Arc<Instance<Self>>,
         ack: &Ack<'_>,
     ) -> Result<Arc<Self>>;
 
-    /// Whether [`IngressHook::receive`] is to see what the device receives.
+    /// Whether [`receive`](Self::receive) is to see what the device receives.
     fn hooks_ingress(&self) -> bool;
+
+    /// Called for each packet that the device receives; see [`IngressHook::receive`].
+    fn receive(&self, packet: Packet, instance: Unlocked<'_, Self>) -> Option<Packet>;
 
     /// Changes options. RTNL held, process context.
     fn change(
@@ -83,16 +95,16 @@ pub(crate) trait Qdisc: IngressHook + Sized {
     ) -> Result;
 
     /// Takes a packet that is to leave through the device. Root lock held, softirqs off.
-    fn enqueue(&self, queue: &Queue<'_>, packet: Outgoing<'_>) -> Enqueued;
+    fn enqueue(&self, queue: &mut Queue<'_, Self>, packet: Outgoing<'_>) -> Enqueued;
 
     /// The next packet that may leave now. Root lock held, softirqs off.
-    fn dequeue(&self, queue: &Queue<'_>) -> Option<Packet>;
+    fn dequeue(&self, queue: &mut Queue<'_, Self>) -> Option<Packet>;
 
     /// Forgets all packets on their way out, as when the device goes down. Root lock held.
-    fn reset(&self, queue: &Queue<'_>);
+    fn reset(&self, queue: &mut Queue<'_, Self>);
 
-    /// The instance goes away: nothing is enqueued or received any more. RTNL held, process
-    /// context.
+    /// The instance goes away: nothing is enqueued or received any more. What it left in its own first-in
+    /// first-out queue is freed after this, then its state. RTNL held, process context.
     fn destroy(this: &Arc<Self>);
 
     /// Writes the options. RTNL held.
@@ -134,36 +146,45 @@ impl<'a> Control<'a> {
     }
 }
 
-/// An instance whose root lock the caller holds.
+/// An instance whose root lock the caller holds, and what that lock protects.
 ///
 /// # Invariants
 ///
-/// Points to a valid `struct Qdisc` whose root lock is held, for `'a`.
-pub(crate) struct Queue<'a>(NonNull<bindings::Qdisc>, PhantomData<&'a ()>);
+/// `sch` points to a valid `struct Qdisc` whose root lock is held for `'a`, and `state` to its state.
+pub(crate) struct Queue<'a, T: Qdisc> {
+    sch: NonNull<bindings::Qdisc>,
+    /// The instance's state.
+    pub(crate) state: &'a mut T::State,
+}
 
-impl Queue<'_> {
+impl<T: Qdisc> Queue<'_, T> {
+    /// # Safety
+    ///
+    /// `sch` is an initialised instance of this kind. Its root lock is held for the lifetime of the result,
+    /// which is the only one as long as it is held.
+    unsafe fn new(sch: NonNull<bindings::Qdisc>) -> Self {
+        // SAFETY: Initialised, and nobody else has the state, as nobody else has the lock.
+        let state = unsafe { &mut *UnsafeCell::raw_get(addr_of!((*private::<T>(sch)).state)) };
+        // INVARIANT: By the safety requirements.
+        Self { sch, state }
+    }
+
     /// Accounts for a packet that the instance keeps, and will return from
     /// [`dequeue`](Qdisc::dequeue). To be called before the packet is put where it is kept.
     pub(crate) fn held(&self, packet: &Packet) -> Enqueued {
-        let sch = self.0.as_ptr();
+        let sch = self.sch.as_ptr();
         // SAFETY: Valid by the type invariant, and these fields only change with the root lock held. There
         // is no reference to the whole, as other processors change other fields meanwhile.
         unsafe {
-            (*sch).q.qlen += 1;
-            (*sch).qstats.backlog += packet.wire_len();
+            (*sch).q.qlen = (*sch).q.qlen.wrapping_add(1);
+            (*sch).qstats.backlog = (*sch).qstats.backlog.wrapping_add(packet.wire_len());
         }
         Enqueued(bindings::NET_XMIT_SUCCESS as c_int)
     }
 
-    /// Softirqs are off while the root lock is held.
-    pub(crate) fn softirqs_off(&self) -> SoftirqsOff<'_> {
-        // SAFETY: The root lock is held by the type invariant, which is taken with softirqs off.
-        unsafe { SoftirqsOff::new() }
-    }
-
     /// Whether a packet may leave at once, past the instance, as long as nothing waits in it.
     pub(crate) fn set_bypass(&self, on: bool) {
-        let sch = self.0.as_ptr();
+        let sch = self.sch.as_ptr();
         // SAFETY: Valid by the type invariant. The scheduler changes the flags of an instance before it is
         // live, for hardware offload, which this kind has not, and in qdisc_warn_nonwc(), with the root
         // lock held. `__dev_xmit_skb()` looks at this one with that lock held, so it holds at once.
@@ -177,34 +198,30 @@ impl Queue<'_> {
     }
 
     /// Accounts for a packet that was [`held`](Self::held) and is about to be returned.
-    pub(crate) fn sent(&self, packet: &Packet) {
-        // SAFETY: Valid and locked by the type invariant.
-        unsafe { bindings::remus_qdisc_sent(self.0.as_ptr(), packet.as_ptr()) };
+    pub(crate) fn sent(&self, packet: Packet) -> Packet {
+        // SAFETY: Valid and locked by the type invariant; gives back the packet that it gets.
+        unsafe {
+            let skb = bindings::remus_qdisc_sent(self.sch.as_ptr(), packet.into_raw());
+            Packet::from_raw(NonNull::new_unchecked(skb))
+        }
     }
 
-    /// Drops up to `most` packets that were [`held`](Self::held) and will not be returned; counts them as
-    /// dropped. Returns how many.
-    pub(crate) fn forget(&self, packets: &mut PacketQueue, most: u64) -> u64 {
-        for done in 0..most {
-            let Some(packet) = packets.pop(u64::MAX) else {
-                return done;
-            };
-            // SAFETY: Valid and locked by the type invariant.
-            unsafe { bindings::remus_qdisc_forgotten(self.0.as_ptr(), packet.as_ptr()) };
-        }
-        most
+    /// Drops a packet that was [`held`](Self::held) and will not be returned, and counts it as dropped.
+    pub(crate) fn forget(&self, packet: Packet) {
+        // SAFETY: Valid and locked by the type invariant.
+        unsafe { bindings::remus_qdisc_forgotten(self.sch.as_ptr(), packet.as_ptr()) };
     }
 
     /// Whether the instance's own first-in first-out queue has no packet.
     pub(crate) fn fifo_is_empty(&self) -> bool {
         // SAFETY: Valid and locked by the type invariant.
-        unsafe { (*self.0.as_ptr()).q.head.is_null() }
+        unsafe { (*self.sch.as_ptr()).q.head.is_null() }
     }
 
     /// Takes a packet out of the instance's own first-in first-out queue.
     pub(crate) fn fifo_dequeue(&self) -> Option<Packet> {
         // SAFETY: Valid and locked by the type invariant.
-        let skb = NonNull::new(unsafe { bindings::remus_qdisc_fifo_dequeue(self.0.as_ptr()) })?;
+        let skb = NonNull::new(unsafe { bindings::remus_qdisc_fifo_dequeue(self.sch.as_ptr()) })?;
         // SAFETY: The queue gave the packet up.
         Some(unsafe { Packet::from_raw(skb) })
     }
@@ -212,7 +229,7 @@ impl Queue<'_> {
     /// Frees what is in the instance's own first-in first-out queue.
     pub(crate) fn fifo_purge(&self) {
         // SAFETY: Valid and locked by the type invariant.
-        unsafe { bindings::remus_qdisc_fifo_purge(self.0.as_ptr()) };
+        unsafe { bindings::remus_qdisc_fifo_purge(self.sch.as_ptr()) };
     }
 }
 
@@ -229,7 +246,7 @@ impl<'a> Outgoing<'a> {
     }
 
     /// See [`Caller::pass`].
-    pub(crate) fn pass(self, queue: &Queue<'_>) -> Enqueued {
+    pub(crate) fn pass<T: Qdisc>(self, queue: &Queue<'_, T>) -> Enqueued {
         self.caller.pass(queue, self.packet)
     }
 }
@@ -244,37 +261,45 @@ pub(crate) struct Caller<'a>(*mut *mut bindings::sk_buff, PhantomData<&'a ()>);
 impl Caller<'_> {
     /// Puts the packet into the instance's own first-in first-out queue, or drops it if that is
     /// full (the device's `tx_queue_len`).
-    pub(crate) fn pass(self, queue: &Queue<'_>, packet: Packet) -> Enqueued {
+    pub(crate) fn pass<T: Qdisc>(self, queue: &Queue<'_, T>, packet: Packet) -> Enqueued {
         // SAFETY: The packet is given up; `queue` is locked; valid by the type invariant.
         Enqueued(unsafe {
-            bindings::remus_qdisc_fifo_enqueue(packet.into_raw(), queue.0.as_ptr(), self.0)
+            bindings::remus_qdisc_fifo_enqueue(packet.into_raw(), queue.sch.as_ptr(), self.0)
         })
     }
 
     /// Drops the packet and counts it.
-    pub(crate) fn drop(self, queue: &Queue<'_>, packet: Packet) -> Enqueued {
+    pub(crate) fn drop<T: Qdisc>(self, queue: &Queue<'_, T>, packet: Packet) -> Enqueued {
         // SAFETY: As in `pass`.
-        Enqueued(unsafe { bindings::remus_qdisc_drop(packet.into_raw(), queue.0.as_ptr(), self.0) })
+        Enqueued(unsafe {
+            bindings::remus_qdisc_drop(packet.into_raw(), queue.sch.as_ptr(), self.0)
+        })
     }
 }
 
-/// An instance, for whoever holds none of its locks, as long as the instance is there: to have its
-/// device dequeue.
+/// An instance, for whoever holds none of its locks and does not keep it there.
 ///
 /// # Invariants
 ///
-/// The pointer is to a valid `struct Qdisc`, or there is none any more.
+/// The pointer is to an initialised instance of this kind, or there is none any more.
 #[pin_data]
-pub(crate) struct Waker {
+pub(crate) struct Instance<T: Qdisc> {
     #[pin]
     sch: Mutex<Option<AssertSync<NonNull<bindings::Qdisc>>>>,
+    _kind: PhantomData<fn() -> T>,
 }
 
-impl Waker {
-    fn new(sch: NonNull<bindings::Qdisc>) -> Result<Arc<Self>> {
-        // INVARIANT: Valid until `destroy`, which calls `stop`.
+impl<T: Qdisc> Instance<T> {
+    /// # Safety
+    ///
+    /// `sch` is an initialised instance of this kind until [`stop`](Self::stop).
+    unsafe fn new(sch: NonNull<bindings::Qdisc>) -> Result<Arc<Self>> {
+        // INVARIANT: By the safety requirements.
         Arc::pin_init(
-            pin_init!(Self { sch <- new_mutex!(Some(AssertSync(sch)), "remus_waker") }),
+            pin_init!(Self {
+                sch <- new_mutex!(Some(AssertSync(sch)), "remus_instance"),
+                _kind: PhantomData,
+            }),
             GFP_KERNEL,
         )
     }
@@ -289,13 +314,13 @@ impl Waker {
     }
 
     /// Calls `f` with the root lock held, if the instance is there. Process context, may sleep.
-    pub(crate) fn lock<R>(&self, f: impl FnOnce(&Queue<'_>) -> R) -> Option<R> {
+    pub(crate) fn lock<R>(&self, f: impl FnOnce(&mut Queue<'_, T>) -> R) -> Option<R> {
         let sch = self.sch.lock();
         let sch = sch.as_ref()?.0;
         // SAFETY: Valid by the type invariant; the mutex keeps it there.
         unsafe { bindings::remus_qdisc_lock(sch.as_ptr()) };
-        // INVARIANT: Valid, and just locked.
-        let result = f(&Queue(sch, PhantomData));
+        // SAFETY: Initialised by the type invariant, and just locked.
+        let result = f(&mut unsafe { Queue::new(sch) });
         // SAFETY: As above; locked above.
         unsafe { bindings::remus_qdisc_unlock(sch.as_ptr()) };
         Some(result)
@@ -313,18 +338,89 @@ impl Waker {
     fn stop(&self) {
         let sch = self.sch.lock().take();
         if let Some(sch) = sch {
-            // SAFETY: `destroy` calls this, so the instance is still valid; nobody can wake it any more.
+            // SAFETY: The instance is still valid, by what `new` requires; nobody can wake it any more.
             unsafe { bindings::remus_qdisc_settle(sch.0.as_ptr()) };
         }
     }
 }
 
+/// An instance whose root lock the caller may take: softirqs are off, and the instance stays.
+///
+/// # Invariants
+///
+/// Points to an initialised instance of this kind for `'a`; no lock of it is held.
+pub(crate) struct Unlocked<'a, T: Qdisc> {
+    sch: NonNull<bindings::Qdisc>,
+    _softirqs: SoftirqsOff<'a>,
+    _kind: PhantomData<fn() -> T>,
+}
+
+impl<T: Qdisc> Unlocked<'_, T> {
+    /// Calls `f` with the root lock held.
+    pub(crate) fn lock<R>(self, f: impl FnOnce(&mut Queue<'_, T>) -> R) -> R {
+        // SAFETY: Valid by the type invariant; softirqs are off, so none can ask for it on this processor.
+        unsafe { bindings::remus_qdisc_lock_softirq(self.sch.as_ptr()) };
+        // SAFETY: Initialised by the type invariant, and just locked.
+        let result = f(&mut unsafe { Queue::new(self.sch) });
+        // SAFETY: As above; locked above.
+        unsafe { bindings::remus_qdisc_unlock_softirq(self.sch.as_ptr()) };
+        result
+    }
+}
+
+/// The ingress hook of an instance's device.
+///
+/// # Invariants
+///
+/// Points to an initialised instance of this kind, whose `qdisc` is set, as long as this is a hook.
+struct Ingress<T: Qdisc>(AssertSync<NonNull<bindings::Qdisc>>, PhantomData<fn() -> T>);
+
+impl<T: Qdisc> IngressHook for Ingress<T> {
+    fn receive(&self, packet: Packet, softirqs: SoftirqsOff<'_>) -> Option<Packet> {
+        let sch = self.0 .0;
+        // SAFETY: By the type invariant: only a hook that is registered is called.
+        match unsafe { qdisc::<T>(sch) } {
+            // INVARIANT: As above. What receives for the device has not locked its queues.
+            Some(qdisc) => qdisc.receive(
+                packet,
+                Unlocked {
+                    sch,
+                    _softirqs: softirqs,
+                    _kind: PhantomData,
+                },
+            ),
+            None => Some(packet),
+        }
+    }
+}
+
 /// What lies in the private area of `struct Qdisc`.
+///
+/// All but `state` is only written by `init` and `close`, and each field only while nothing else uses it. No
+/// reference is made to the whole.
 struct Private<T: Qdisc> {
-    // Dropped first, so that the hook is gone before the state.
-    hook: Option<hook::Registration<T>>,
-    state: Option<Arc<T>>,
-    waker: Option<Arc<Waker>>,
+    hook: Option<hook::Registration<Ingress<T>>>,
+    qdisc: Option<Arc<T>>,
+    instance: Option<Arc<Instance<T>>>,
+    /// Protected by the root lock.
+    state: UnsafeCell<T::State>,
+}
+
+/// Where an instance of this kind has its [`Private`].
+fn private<T: Qdisc>(sch: NonNull<bindings::Qdisc>) -> *mut Private<T> {
+    const {
+        assert!(core::mem::align_of::<Private<T>>() <= core::mem::align_of::<bindings::Qdisc>());
+    }
+    // SAFETY: Only the address of a field is taken, as qdisc_priv() does.
+    unsafe { addr_of_mut!((*sch.as_ptr()).privdata).cast() }
+}
+
+/// # Safety
+///
+/// `sch` is an initialised instance of this kind, which does not go away while the result is used.
+unsafe fn qdisc<'a, T: Qdisc>(sch: NonNull<bindings::Qdisc>) -> Option<&'a Arc<T>> {
+    // SAFETY: Initialised, and only written while nothing else uses it.
+    unsafe { (*addr_of!((*private::<T>(sch)).qdisc)).as_ref() }
 }
 
 /// A kind of queue discipline that is registered; it is removed when this is dropped.
@@ -369,32 +465,25 @@ impl<T: Qdisc> Registration<T> {
 
     /// # Safety
     ///
-    /// `sch` is an instance of this kind for which `init` was called and `destroy` was not.
-    unsafe fn private<'a>(sch: *mut bindings::Qdisc) -> &'a Private<T> {
-        // SAFETY: `init` wrote it first of all, and it is only changed while nothing else can call:
-        // in `init` and in `destroy`.
-        unsafe { &*bindings::remus_qdisc_priv(sch).cast() }
-    }
-
-    /// # Safety
-    ///
     /// Called by the scheduler with the RTNL held, once for a new instance.
     unsafe extern "C" fn init(
         sch: *mut bindings::Qdisc,
         options: *mut bindings::nlattr,
         ack: *mut bindings::netlink_ext_ack,
     ) -> c_int {
-        // SAFETY: The scheduler gives a valid instance with room for `Private<T>`, aligned to 64
-        // bytes. `destroy` is called even if this fails, so there must be something to destroy.
-        let (sch, private) = unsafe {
-            let private: *mut Private<T> = bindings::remus_qdisc_priv(sch).cast();
+        // SAFETY: The scheduler gives a valid instance.
+        let sch = unsafe { NonNull::new_unchecked(sch) };
+        let private = private::<T>(sch);
+        // SAFETY: There is room for `Private<T>`, and nobody else knows it. `destroy` is called even if
+        // this fails, so there must be something to destroy.
+        unsafe {
             private.write(Private {
                 hook: None,
-                state: None,
-                waker: None,
+                qdisc: None,
+                instance: None,
+                state: UnsafeCell::new(T::State::default()),
             });
-            (NonNull::new_unchecked(sch), &mut *private)
-        };
+        }
         // SAFETY: Both are this request's, during this call.
         let (options, ack) = unsafe {
             (
@@ -404,20 +493,26 @@ impl<T: Qdisc> Registration<T> {
         };
         // INVARIANT: Valid, and the RTNL held, during this call.
         let control = Control(sch, PhantomData);
-        let mut create = || {
-            let waker = private.waker.insert(Waker::new(sch)?).clone();
-            let state = private
-                .state
-                .insert(T::init(&control, options, waker, &ack)?)
-                .clone();
-            if state.hooks_ingress() {
-                // SAFETY: `destroy` drops the registration. A device's queue disciplines are
-                // destroyed before it is unregistered or leaves its namespace.
-                let hook = unsafe { hook::Registration::new(control.device(), state) };
+        let create = || {
+            // SAFETY: Just initialised; `close` calls `stop`.
+            let instance = unsafe { Instance::new(sch) }?;
+            // SAFETY: Nothing else uses this field before this returns.
+            unsafe { (*private).instance = Some(instance.clone()) };
+            let qdisc = T::init(&control, options, instance, &ack)?;
+            let hooks = qdisc.hooks_ingress();
+            // SAFETY: As above.
+            unsafe { (*private).qdisc = Some(qdisc) };
+            if hooks {
+                // INVARIANT: Initialised, and `close` drops the registration first of all.
+                let ingress = Arc::new(Ingress(AssertSync(sch), PhantomData), GFP_KERNEL)?;
+                // SAFETY: `close` drops the registration. A device's queue disciplines are destroyed
+                // before it is unregistered or leaves its namespace.
+                let hook = unsafe { hook::Registration::new(control.device(), ingress) };
                 if hook.as_ref().is_err_and(|e| *e == not_supported()) {
                     ack.say(b"this kernel has no ingress hooks (CONFIG_NETFILTER_INGRESS)");
                 }
-                private.hook = Some(hook?);
+                // SAFETY: As above.
+                unsafe { (*private).hook = Some(hook?) };
             }
             Ok(())
         };
@@ -436,7 +531,10 @@ impl<T: Qdisc> Registration<T> {
         ack: *mut bindings::netlink_ext_ack,
     ) -> c_int {
         // SAFETY: The instance is valid and initialised.
-        let (state, sch) = unsafe { (&Self::private(sch).state, NonNull::new_unchecked(sch)) };
+        let (qdisc, sch) = unsafe {
+            let sch = NonNull::new_unchecked(sch);
+            (qdisc::<T>(sch), sch)
+        };
         // SAFETY: Both are this request's, during this call.
         let (options, ack) = unsafe {
             (
@@ -446,10 +544,7 @@ impl<T: Qdisc> Registration<T> {
         };
         // INVARIANT: Valid, and the RTNL held, during this call.
         let control = Control(sch, PhantomData);
-        match state
-            .as_ref()
-            .map(|s| T::change(s, &control, options, &ack))
-        {
+        match qdisc.map(|q| T::change(q, &control, options, &ack)) {
             Some(Err(error)) => error.to_errno(),
             _ => 0,
         }
@@ -463,19 +558,20 @@ impl<T: Qdisc> Registration<T> {
         sch: *mut bindings::Qdisc,
         to_free: *mut *mut bindings::sk_buff,
     ) -> c_int {
-        // SAFETY: The instance is valid and initialised; the packet is given to it, and its
+        // SAFETY: The instance is valid, initialised and locked; the packet is given to it, and its
         // control block is the queue discipline's.
-        let (state, queue, packet) = unsafe {
+        let (qdisc, mut queue, packet) = unsafe {
+            let sch = NonNull::new_unchecked(sch);
             (
-                &Self::private(sch).state,
-                Queue(NonNull::new_unchecked(sch), PhantomData),
+                qdisc::<T>(sch),
+                Queue::<T>::new(sch),
                 Packet::from_raw(NonNull::new_unchecked(skb)),
             )
         };
         // INVARIANT: `to_free` is the caller's.
         let caller = Caller(to_free, PhantomData);
-        match state {
-            Some(state) => state.enqueue(&queue, Outgoing { packet, caller }).0,
+        match qdisc {
+            Some(qdisc) => qdisc.enqueue(&mut queue, Outgoing { packet, caller }).0,
             None => caller.drop(&queue, packet).0,
         }
     }
@@ -484,32 +580,33 @@ impl<T: Qdisc> Registration<T> {
     ///
     /// Called by the scheduler with the root lock held.
     unsafe extern "C" fn dequeue(sch: *mut bindings::Qdisc) -> *mut bindings::sk_buff {
-        // SAFETY: The instance is valid and initialised.
-        let (state, queue) = unsafe {
-            (
-                &Self::private(sch).state,
-                Queue(NonNull::new_unchecked(sch), PhantomData),
-            )
+        // SAFETY: The instance is valid, initialised and locked.
+        let (qdisc, mut queue) = unsafe {
+            let sch = NonNull::new_unchecked(sch);
+            (qdisc::<T>(sch), Queue::<T>::new(sch))
         };
-        state
-            .as_ref()
-            .and_then(|s| s.dequeue(&queue))
+        qdisc
+            .and_then(|q| q.dequeue(&mut queue))
             .map_or(null_mut(), Packet::into_raw)
     }
 
     /// # Safety
     ///
-    /// Called by the scheduler with the root lock held, or for an instance that is not used yet.
+    /// Called by the scheduler with the root lock held; or without it, with the RTNL held, before `destroy`.
     unsafe extern "C" fn reset(sch: *mut bindings::Qdisc) {
         // SAFETY: The instance is valid and initialised.
-        let (state, queue) = unsafe {
-            (
-                &Self::private(sch).state,
-                Queue(NonNull::new_unchecked(sch), PhantomData),
-            )
-        };
-        if let Some(state) = state {
-            state.reset(&queue);
+        let sch = unsafe { NonNull::new_unchecked(sch) };
+        // SAFETY: As above.
+        if unsafe { bindings::remus_qdisc_is_dying(sch.as_ptr()) } {
+            // After this the scheduler empties queues of its own, without the lock: nobody may wake the
+            // instance any more. SAFETY: `destroy` comes next.
+            unsafe { Self::close(sch) };
+            return;
+        }
+        // SAFETY: As above, and locked.
+        let (qdisc, mut queue) = unsafe { (qdisc::<T>(sch), Queue::<T>::new(sch)) };
+        if let Some(qdisc) = qdisc {
+            qdisc.reset(&mut queue);
         }
     }
 
@@ -518,15 +615,36 @@ impl<T: Qdisc> Registration<T> {
     /// Called by the scheduler with the RTNL held, once for an instance that `init` was called for,
     /// when nothing else uses it any more.
     unsafe extern "C" fn destroy(sch: *mut bindings::Qdisc) {
-        // SAFETY: Valid, and nobody else has it.
-        let private: &mut Private<T> = unsafe { &mut *bindings::remus_qdisc_priv(sch).cast() };
-        if let Some(waker) = private.waker.take() {
-            waker.stop();
+        // SAFETY: Valid and initialised; what is dropped is not used any more after `close`.
+        unsafe {
+            let sch = NonNull::new_unchecked(sch);
+            Self::close(sch);
+            private::<T>(sch).drop_in_place();
         }
-        drop(private.hook.take());
-        if let Some(state) = private.state.take() {
-            T::destroy(&state);
+    }
+
+    /// Has nobody use the instance any more. Does nothing the second time.
+    ///
+    /// # Safety
+    ///
+    /// The scheduler destroys the initialised instance `sch`: the RTNL is held, and nothing is enqueued any
+    /// more.
+    unsafe fn close(sch: NonNull<bindings::Qdisc>) {
+        let private = private::<T>(sch);
+        // SAFETY: Only whoever has the RTNL uses this field. Dropping the hook waits for those in it.
+        drop(unsafe { (*private).hook.take() });
+        // SAFETY: Initialised, and it goes away below.
+        if let Some(qdisc) = unsafe { qdisc::<T>(sch) } {
+            T::destroy(qdisc);
         }
+        // SAFETY: Only whoever has the RTNL uses this field.
+        if let Some(instance) = unsafe { (*private).instance.take() } {
+            instance.lock(|queue| queue.fifo_purge());
+            instance.stop();
+        }
+        // SAFETY: Nothing is enqueued or received, and nobody can have the device dequeue: nothing uses
+        // this field any more.
+        drop(unsafe { (*private).qdisc.take() });
     }
 
     /// # Safety
@@ -534,16 +652,16 @@ impl<T: Qdisc> Registration<T> {
     /// Called by the scheduler with the RTNL held.
     unsafe extern "C" fn dump(sch: *mut bindings::Qdisc, skb: *mut bindings::sk_buff) -> c_int {
         // SAFETY: The instance is valid and initialised, and the message the caller's.
-        let (state, mut message) = unsafe {
+        let (qdisc, mut message) = unsafe {
             (
-                &Self::private(sch).state,
+                qdisc::<T>(NonNull::new_unchecked(sch)),
                 Message::from_raw(NonNull::new_unchecked(skb)),
             )
         };
-        let Some(state) = state else {
+        let Some(qdisc) = qdisc else {
             return 0;
         };
-        match message.put_nest(bindings::TCA_OPTIONS as u16, |m| state.dump(m)) {
+        match message.put_nest(bindings::TCA_OPTIONS as u16, |m| qdisc.dump(m)) {
             Ok(()) => 0,
             Err(error) => error.to_errno(),
         }
@@ -557,10 +675,10 @@ impl<T: Qdisc> Registration<T> {
         dump: *mut bindings::gnet_dump,
     ) -> c_int {
         // SAFETY: The instance is valid and initialised.
-        let Some(state) = (unsafe { &Self::private(sch).state }) else {
+        let Some(qdisc) = (unsafe { qdisc::<T>(NonNull::new_unchecked(sch)) }) else {
             return 0;
         };
-        let mut stats = state.stats();
+        let mut stats = qdisc.stats();
         // SAFETY: `dump` is the caller's; the statistics are copied before this returns.
         unsafe {
             bindings::gnet_stats_copy_app(
