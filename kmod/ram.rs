@@ -416,7 +416,7 @@ impl Ram {
                     let lock = page.lock();
                     if lock.maybe_held() {
                         open.insert(found)?;
-                        self.keep(sealed, found, &lock)?;
+                        self.keep(sealed, found, &lock, true)?;
                     }
                 }
                 index = found + 1;
@@ -482,28 +482,35 @@ impl Ram {
         self.wake();
     }
 
-    /// Keeps the content of a page for `sealed`, unless that was done before. Called with the page's lock
-    /// held, so that nobody else does.
-    fn keep(&self, sealed: &Sealed, index: u64, page: &PageLock<'_>) -> Result {
+    /// Keeps the content of a page for `sealed`, unless that was done before. Called with the page's lock held. False if that would be
+    /// a copy too many, unless it must be.
+    fn keep(&self, sealed: &Sealed, index: u64, page: &PageLock<'_>, must: bool) -> Result<bool> {
         if sealed.copies.get(index).is_some() {
-            return Ok(());
+            return Ok(true);
         }
-        let _charge = self.payer.charge();
-        sealed.copies.insert(index, page.copy()?)?;
+        let copies = self.copies.fetch_add(1, Relaxed) + 1;
+        let limit = self.limit.load(Relaxed);
+        let done = if limit != 0 && copies > limit && !must {
+            Ok(false)
+        } else {
+            let _charge = self.payer.charge();
+            let copy = page.copy().map_err(Error::from);
+            copy.and_then(|copy| sealed.copies.insert(index, copy))
+        };
+        if !matches!(done, Ok(true)) {
+            self.copies.fetch_sub(1, Relaxed);
+            return done;
+        }
         sealed.copied.fetch_add(1, Relaxed);
         self.copies_made.fetch_add(1, Relaxed);
-        let copies = self.copies.fetch_add(1, Relaxed) + 1;
-        // Not exact when two make a copy at once, but never too high.
-        if copies > self.copies_peak.load(Relaxed) {
-            self.copies_peak.store(copies, Relaxed);
+        let mut peak = self.copies_peak.load(Relaxed);
+        while copies > peak {
+            match self.copies_peak.cmpxchg(peak, copies, Relaxed) {
+                Ok(_) => break,
+                Err(now) => peak = now,
+            }
         }
-        Ok(())
-    }
-
-    /// Whether another copy is too many.
-    fn is_full(&self) -> bool {
-        let limit = self.limit.load(Relaxed);
-        limit != 0 && self.copies.load(Relaxed) >= limit
+        Ok(true)
     }
 
     /// Who waits for room may look again.
@@ -698,16 +705,13 @@ impl Memory for Ram {
         let mut sealed = state.sealed.iter().rev();
         if let Some(sealed) = sealed.find(|s| s.dirty.set.contains(index)) {
             let needed = !sealed.read.contains(index) && !state.written_since(sealed.epoch, index);
-            if !needed {
-                // Nothing would be lost.
-            } else if !self.is_full() {
-                self.keep(sealed, index, &lock)?;
-            } else if self.fails.load(Relaxed) {
+            if needed && !self.keep(sealed, index, &lock, false)? {
+                if !self.fails.load(Relaxed) {
+                    return Ok(Write::Wait(turn));
+                }
                 if !sealed.lost.xchg(true, Relaxed) {
                     self.raise_alarm();
                 }
-            } else {
-                return Ok(Write::Wait(turn));
             }
         }
         let _charge = self.payer.charge();

@@ -337,7 +337,9 @@ def read_sealed(stack):
 
         def after(result, error):
             if error is None:
-                same(result, (ram.END, 20), "READ")
+                # What was written to the buffer before the failure is told.
+                cursor, count = result
+                true(result == (ram.END, 20) or 0 < count < 20 and cursor == count, f"READ: {result}")
             same({p: c[:2] for p, c in device.epoch(1).items()}, want, "the epoch afterwards")
         each_failure(faults, call, None, after)
 

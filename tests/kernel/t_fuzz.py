@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Random and mutated netlink messages, to the family and to rtnetlink about qdiscs of kind remus.
+"""Random and mutated netlink messages, to the family and to rtnetlink about qdiscs of kind remus; random calls
+of the RAM device.
 
 What must hold: no report, no crash, and afterwards everything works and can be taken away. Many messages go into one
 datagram, and nobody reads the answers: a few microseconds each.
 """
 import contextlib
+import ctypes
+import errno
+import fcntl
+import os
 import random
 import socket
 import struct
 import time
 
 import netlink
-from harness import DEBUG, SEED, same, scaled, test, true
+import ram
+from harness import DEBUG, SEED, Kid, same, scaled, test, true
 from netlink import ACK, ATTR, CMD, CREATE, DUMP, EXCL, HEADER, NESTED, REPLACE, REQUEST, Genl, Rtnl, attr, text, uint
 from net import Line, Sender
+from ram import PAGE, Ram, libc
 
 DEVICES = 4
 BATCH = 64
@@ -44,13 +51,14 @@ def content(rng, kind, names=netlink.NAMES):
 
 def genl_attributes(rng, command):
     """The attributes of a request for the family, as bytes."""
-    wanted = {"domain-new": ["domain", "memory"], "epoch-seal": ["domain", "full"], "epoch-commit": ["domain", "epoch"],
-              "epoch-abort": ["domain", "epoch"], "domain-set": ["domain", "limit-packets", "limit-bytes", "own"]}
+    wanted = {"domain-new": ["domain", "memory", "cow-limit", "cow-policy"], "epoch-seal": ["domain", "full"], "epoch-commit": ["domain", "epoch"],
+              "epoch-abort": ["domain", "epoch"], 
+              "domain-set": ["domain", "limit-packets", "limit-bytes", "own", "cow-limit", "cow-policy"]}
     kinds = [ATTR[n] for n in wanted.get(command, ["domain"]) if n == "domain" or rng.random() < 0.7]
     if command == "domain-new" and rng.random() < 0.7:
         kinds = kinds[:1]  # memory takes its time
     if rng.random() < 0.15:
-        kinds.insert(rng.randrange(len(kinds) + 1), rng.choice((*ATTR.values(), 0, 32, 33, 255, 0x3FFF, 0xFFFF)))
+        kinds.insert(rng.randrange(len(kinds) + 1), rng.choice((*ATTR.values(), 0, len(ATTR) + 1, len(ATTR) + 2, 255, 0x3FFF, 0xFFFF)))
     if rng.random() < 0.05:
         kinds.append(rng.choice(kinds))
     out = b""
@@ -203,3 +211,150 @@ def messages(stack):
     genl.commit("web", genl.seal("web")["epoch"])
     line.receiver.expect([1, 2], "afterwards")
     line.remove()
+
+
+class RamCalls:
+    """Random calls of a RAM device of `pages` pages, by one thread; what they may answer is all that is checked."""
+
+    ANSWERS = {errno.EINVAL, errno.ENOENT, errno.EFAULT, errno.ENOTTY, errno.ENXIO, errno.EACCES, errno.ENOMEM, errno.ESTALE,
+               errno.ECANCELED, errno.EOVERFLOW, errno.EBUSY, errno.EALREADY, errno.EPERM, errno.EAGAIN, errno.EIO}
+
+    def __init__(self, rng, pages):
+        self.rng, self.pages = rng, pages
+        self.genl = Genl()
+        self.fd = os.open("/dev/remus/web", os.O_RDWR | os.O_CLOEXEC)
+        self.buffer = ctypes.create_string_buffer(8 * ram.RECORD)
+        self.maps, self.open, self.done, self.refused = [], 1, 0, 0
+
+    def number(self):
+        """A number that means something here, or any."""
+        return self.rng.choice((self.rng.randrange(self.pages + 2), self.open, self.open - 1, max(0, self.open - 2),
+                                ram.END, number(self.rng)))
+
+    def address(self):
+        where = ctypes.addressof(self.buffer)
+        if self.maps and self.rng.random() < 0.2:
+            return self.rng.choice(self.maps)[0] + self.rng.randrange(PAGE)
+        return where if self.rng.random() < 0.9 else where + self.rng.randrange(-PAGE, 8 * PAGE) if self.rng.random() < 0.3 else number(self.rng)
+
+    def read(self):
+        length = self.rng.choice((8 * ram.RECORD, ram.RECORD, 3 * ram.RECORD, self.rng.randrange(9000)))
+        if self.rng.random() < 0.9:
+            at = ctypes.addressof(self.buffer)
+        else:
+            at, length = self.address(), 0 if self.rng.random() < 0.2 else ram.RECORD
+        fcntl.ioctl(self.fd, ram.READ, bytearray(ram.READ_STRUCT.pack(
+            self.number(), self.number(), self.number(), at % (1 << 64), length, 0, self.rng.choice((0, 0, 1, 2, 1 << 31)),
+            self.rng.choice((0, 0, 0, 1)))))
+
+    def bitmap(self):
+        arg = bytearray(ram.BITMAP_STRUCT.pack(self.number(), *(self.rng.getrandbits(64) for _ in range(3))))
+        fcntl.ioctl(self.fd, ram.BITMAP, arg)
+        self.map(*ram.BITMAP_STRUCT.unpack(arg)[1:3])
+
+    def ioctl(self):
+        command = self.rng.choice((ram.READ, ram.BITMAP)) ^ (1 << self.rng.randrange(32) if self.rng.random() < 0.8 else 0)
+        libc.ioctl(self.fd, command, ctypes.addressof(self.buffer) if self.rng.random() < 0.7 else number(self.rng))
+
+    def map(self, offset=None, length=None):
+        if offset is None:
+            offset = self.rng.choice((0, self.rng.randrange(self.pages) * PAGE, self.number() % (1 << 51) * PAGE,
+                                      (1 << 52) + (self.number() % (1 << 32) << 30)))
+            length = self.rng.choice((PAGE, self.pages * PAGE, self.rng.randrange(1, self.pages + 2) * PAGE))
+        prot = self.rng.choice((0, 1, 1, 3, 3, 5, 7))
+        flags = self.rng.choice((1, 1, 1, 1, 2, 3, 0x8001))
+        at = libc.mmap(None, length, prot, flags, self.fd, ctypes.c_long(offset % (1 << 63)))
+        if at == ram.FAILED:
+            raise OSError(ctypes.get_errno(), "mmap")
+        self.maps.append((at, length, prot))
+        if prot & 2:
+            ctypes.memset(at + self.rng.randrange(length), self.rng.randrange(256), 1)
+        elif prot & 1:
+            ctypes.string_at(at + self.rng.randrange(length), 1)
+
+    def unmap(self):
+        if self.maps:
+            at, length, prot = self.maps.pop(self.rng.randrange(len(self.maps)))
+            dice = self.rng.random()
+            if dice < 0.2:
+                libc.madvise(at, length, self.rng.choice((4, 8, 9, 14, 21)))
+            elif dice < 0.4:
+                libc.mprotect(at, PAGE, self.rng.choice((0, 1, prot)))
+            elif dice < 0.5:
+                libc.msync(ctypes.c_void_p(at), ctypes.c_size_t(length), 4)
+            elif dice < 0.6 and length > PAGE:
+                libc.munmap(at + PAGE * self.rng.randrange(length // PAGE), PAGE)
+            libc.munmap(at, length)
+
+    def file(self):
+        where = self.number() % (1 << 63)
+        size = self.rng.choice((0, 1, PAGE, 3 * PAGE + 1))
+        if self.rng.random() < 0.5:
+            os.pread(self.fd, size, where)
+        else:
+            os.pwrite(self.fd, self.rng.randbytes(size), where)
+
+    def reopen(self):
+        os.close(self.fd)
+        self.fd = os.open("/dev/remus/web", os.O_RDWR | os.O_CLOEXEC)
+
+    def epochs(self):
+        self.open = self.genl.get("web")["open-epoch"]
+        dice = self.rng.random()
+        if dice < 0.5:
+            self.genl.seal("web", full=self.rng.random() < 0.1)
+        elif dice < 0.75:
+            self.genl.commit("web", self.open - self.rng.randrange(1, 5) if self.open > 5 else 1)
+        elif dice < 0.95:
+            self.genl.abort("web", self.open - self.rng.randrange(1, 5) if self.open > 5 else 1)
+        else:
+            # Without a limit, or with the policy to fail: nobody is there to read for a writer that waits.
+            self.genl.set("web", cow_limit=self.rng.choice((0, PAGE, 20 * PAGE)), cow_policy=2)
+
+    def one(self):
+        calls = (self.read, self.bitmap, self.ioctl, self.map, self.unmap, self.file, self.epochs, self.reopen)
+        call, = self.rng.choices(calls, (30, 8, 8, 8, 12, 20, 8, 1))
+        self.done += 1
+        try:
+            call()
+        except OSError as error:
+            true(error.errno in self.ANSWERS, f"{call.__name__}: {error}")
+            self.refused += 1
+        if len(self.maps) > 30:
+            self.unmap()
+
+    def close(self):
+        while self.maps:
+            at, length, _ = self.maps.pop()
+            libc.munmap(at, length)
+        os.close(self.fd)
+        self.genl.close()
+
+
+@test(seconds=300)
+def ram_calls(stack):
+    """Random ioctl, mmap and read calls, by two processes at once."""
+    pages = 300
+    with Genl() as genl:
+        genl.new("web", pages * PAGE)
+    stack.callback(lambda: Genl().delete("web"))
+    count = scaled(5_000 if DEBUG else 20_000, 500_000)
+
+    def caller(who):
+        calls = RamCalls(random.Random(SEED + who), pages)
+        while calls.done < count:
+            calls.one()
+        calls.close()
+        return calls.done, calls.refused
+    start = time.monotonic()
+    results = [kid.result() for kid in [Kid(caller, who) for who in range(2)]]
+    took, done = time.monotonic() - start, sum(d for d, _ in results)
+    print(f"# {done} calls in {took:.0f} s, refused {sum(r for _, r in results)}; seed {SEED}", flush=True)
+    true(all(count / 20 < refused < count * 0.9 for _, refused in results), f"refused: {results}")
+    # All works afterwards.
+    with Genl() as genl, Ram("web") as device, device.map() as memory:
+        genl.set("web", cow_limit=0)
+        for _ in range(2):
+            memory.write(7 * PAGE, b"afterwards")
+            epoch = genl.seal("web")["epoch"]
+        same(device.epoch(epoch)[7][:10], b"afterwards", "afterwards")
