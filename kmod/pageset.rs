@@ -5,6 +5,7 @@
 use crate::{
     abi::{
         array::Array,
+        memcg::Memcg,
         page::Words, //
     },
     core::dirty::{
@@ -22,7 +23,7 @@ use kernel::{
 };
 
 /// A set of page numbers, to which any number of threads add at once. It costs a page of memory for each
-/// 128 MiB in which there is something, charged to whoever adds.
+/// 128 MiB in which there is something.
 pub(crate) struct PageSet {
     leaves: Pin<KBox<Array<KBox<Leaf<Words>>>>>,
     count: Atomic<u64>,
@@ -42,11 +43,12 @@ impl PageSet {
         self.count.load(Relaxed)
     }
 
-    fn leaf(&self, number: u64) -> Result<&Leaf<Words>> {
+    fn leaf(&self, number: u64, payer: &Memcg) -> Result<&Leaf<Words>> {
         loop {
             if let Some(leaf) = self.leaves.get(number) {
                 return Ok(leaf);
             }
+            let _charge = payer.charge();
             // If somebody else was faster, theirs it is.
             let leaf = KBox::new(Leaf::new(Words::new()?), GFP_KERNEL_ACCOUNT)?;
             self.leaves.insert(number, leaf)?;
@@ -54,8 +56,8 @@ impl PageSet {
     }
 
     /// Adds a page. Fails if there is no memory for its leaf, which there is after [`make_room`](Self::make_room).
-    pub(crate) fn insert(&self, page: u64) -> Result {
-        if self.leaf(page / dirty::PAGES)?.insert(page) {
+    pub(crate) fn insert(&self, page: u64, payer: &Memcg) -> Result {
+        if self.leaf(page / dirty::PAGES, payer)?.insert(page) {
             self.count.fetch_add(1, Relaxed);
         }
         Ok(())
@@ -68,27 +70,26 @@ impl PageSet {
             .is_some_and(|leaf| leaf.contains(page))
     }
 
-    /// The lowest page that is not below `from`.
-    pub(crate) fn next(&self, from: u64) -> Option<u64> {
-        let (mut number, mut within) = (from / dirty::PAGES, from % dirty::PAGES);
-        while let Some((found, leaf)) = self.leaves.next(number) {
-            if found != number {
-                within = 0;
-            }
-            if let Some(page) = leaf.next(within) {
-                return Some(found * dirty::PAGES + page);
-            }
-            (number, within) = (found + 1, 0);
+    /// All pages that are not below `from`, in ascending order.
+    pub(crate) fn from(&self, from: u64) -> Walk<'_> {
+        let number = from / dirty::PAGES;
+        let leaf = self.leaves.next(number);
+        Walk {
+            set: self,
+            leaf,
+            within: match leaf {
+                Some((found, _)) if found == number => from % dirty::PAGES,
+                _ => 0,
+            },
         }
-        None
     }
 
     /// Makes room for every page of `other`, so that [`merge`](Self::merge) will not need memory.
-    pub(crate) fn make_room(&self, other: &Self) -> Result {
+    pub(crate) fn make_room(&self, other: &Self, payer: &Memcg) -> Result {
         let mut number = 0;
         while let Some((found, leaf)) = other.leaves.next(number) {
             if !leaf.is_empty() {
-                self.leaf(found)?;
+                self.leaf(found, payer)?;
             }
             number = found + 1;
         }
@@ -109,5 +110,28 @@ impl PageSet {
     /// The words of the leaf with this number, if it has any.
     pub(crate) fn words(&self, number: u64) -> Option<&Words> {
         self.leaves.get(number).map(Leaf::words)
+    }
+}
+
+/// The pages of a set, in ascending order. What is added meanwhile may be missed.
+pub(crate) struct Walk<'a> {
+    set: &'a PageSet,
+    /// The leaf that it has come to, and its number.
+    leaf: Option<(u64, &'a Leaf<Words>)>,
+    within: u64,
+}
+
+impl Iterator for Walk<'_> {
+    type Item = u64;
+
+    fn next(&mut self) -> Option<u64> {
+        loop {
+            let (number, leaf) = self.leaf?;
+            if let Some(found) = leaf.next(self.within) {
+                self.within = found + 1;
+                return Some(number * dirty::PAGES + found);
+            }
+            (self.leaf, self.within) = (self.set.leaves.next(number + 1), 0);
+        }
     }
 }

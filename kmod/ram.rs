@@ -337,6 +337,7 @@ impl Ram {
     pub(crate) fn seal(&self, epoch: u64, full: bool) -> Result<u64, Refusal> {
         let _charge = self.payer.charge();
         let new = open_set(self.pages(), &self.empty)?;
+        let mut run = KVec::with_capacity(RUN as usize, GFP_KERNEL)?;
         let (copies, read) = (KBox::pin_init(Array::new(), GFP_KERNEL)?, PageSet::new()?);
         let mut guard = self.state.write();
         let state = &mut *guard;
@@ -349,12 +350,12 @@ impl Ram {
         state.sealed.reserve(1, GFP_KERNEL)?;
         // An abort must not fail for want of memory.
         for older in &state.sealed {
-            new.set.make_room(&older.dirty.set)?;
+            new.set.make_room(&older.dirty.set, &self.payer)?;
         }
-        new.set.make_room(&state.open.set)?;
+        new.set.make_room(&state.open.set, &self.payer)?;
         if full {
-            new.set.make_room(&self.resident)?;
-            state.open.set.make_room(&self.resident)?;
+            new.set.make_room(&self.resident, &self.payer)?;
+            state.open.set.make_room(&self.resident, &self.payer)?;
         }
         let sealed = Arc::new(
             Sealed {
@@ -367,7 +368,7 @@ impl Ram {
             },
             GFP_KERNEL,
         )?;
-        if let Err(error) = self.protect(&sealed, &new.set) {
+        if let Err(error) = self.protect(&sealed, &new.set, &mut run) {
             // It stays the open one. What is write-protected already is written into it again.
             self.forget(&sealed);
             return Err(error);
@@ -384,42 +385,52 @@ impl Ram {
 
     /// Write-protects the pages of `sealed`: neighbours, in the memory and physically, by one call. A page
     /// that may be written without a fault, because somebody holds it for direct access, is copied now
-    /// and belongs to `open` as well. `state` is held alone.
-    fn protect(&self, sealed: &Sealed, open: &PageSet) -> Result<(), Refusal> {
-        let dirty = &sealed.dirty.set;
-        let mut next = dirty.next(0);
+    /// and belongs to `open` as well. `state` is held alone; `run` has room for [`RUN`] pages.
+    fn protect<'a>(
+        &'a self,
+        sealed: &Sealed,
+        open: &PageSet,
+        run: &mut KVec<(u64, PageRef<'a>)>,
+    ) -> Result<(), Refusal> {
+        let mut pages = sealed.dirty.set.from(0);
+        let mut next = pages.next();
         while let Some(first) = next {
             let Some(page) = self.pages.get(first) else {
-                next = dirty.next(first + 1);
+                next = pages.next();
                 continue;
             };
-            page.wait_unlocked();
-            let (pfn, mut end) = (page.pfn(), first + 1);
+            let (pfn, mut end) = (page.pfn(), first);
+            let mut found = Some((first, page));
+            // Until a page is too far off.
             next = loop {
-                let Some(found) = dirty.next(end) else {
+                if let Some((index, page)) = found.take() {
+                    page.wait_unlocked();
+                    end = index + 1;
+                    // Cannot fail: there is room.
+                    let _ = run.push_within_capacity((index, page));
+                }
+                let Some(index) = pages.next() else {
                     break None;
                 };
-                let neighbour = |page: &PageRef<'_>| page.pfn() == pfn + (found - first) as usize;
-                if found - end > GAP || found - first >= RUN {
-                    break Some(found);
+                if index - end > GAP || index - first >= RUN {
+                    break Some(index);
                 }
-                match self.pages.get(found).filter(neighbour) {
-                    Some(page) => page.wait_unlocked(),
-                    None => break Some(found),
+                let neighbour = |page: &PageRef<'_>| page.pfn() == pfn + (index - first) as usize;
+                found = self
+                    .pages
+                    .get(index)
+                    .filter(neighbour)
+                    .map(|page| (index, page));
+                if found.is_none() {
+                    break Some(index);
                 }
-                end = found + 1;
             };
             self.mapping.write_protect(first, pfn, end - first)?;
-            let mut index = first;
-            while let Some(found) = dirty.next(index).filter(|found| *found < end) {
-                if let Some(page) = self.pages.get(found) {
-                    let lock = page.lock();
-                    if lock.maybe_held() {
-                        open.insert(found)?;
-                        self.keep(sealed, found, &lock, true)?;
-                    }
+            for (index, page) in run.drain_all() {
+                if page.maybe_held() {
+                    open.insert(index, &self.payer)?;
+                    self.keep(sealed, index, &page.lock(), true)?;
                 }
-                index = found + 1;
             }
             cond_resched();
         }
@@ -576,8 +587,7 @@ impl Ram {
             // Somebody else may have been faster, and have written since.
             if !self.resident.contains(index) {
                 lock.clear();
-                let _charge = self.payer.charge();
-                self.resident.insert(index)?;
+                self.resident.insert(index, &self.payer)?;
             }
             drop(lock);
             return Ok(page);
@@ -621,9 +631,10 @@ impl Ram {
         }
         let sealed = self.state.read().sealed(call.epoch)?.clone();
         let buffer = UserPtr::from_addr(usize::try_from(call.buffer)?);
+        let mut pages = sealed.dirty.set.from(call.cursor);
         call.count = 0;
         let end = loop {
-            let Some(index) = sealed.dirty.set.next(call.cursor).filter(|n| *n < call.end) else {
+            let Some(index) = pages.next().filter(|n| *n < call.end) else {
                 call.cursor = uapi::END;
                 break Ok(());
             };
@@ -641,8 +652,7 @@ impl Ram {
             }
             if call.flags & uapi::KEEP == 0 {
                 // Without memory for the mark it is only copied once too often.
-                let _charge = self.payer.charge();
-                let _ = sealed.read.insert(index);
+                let _ = sealed.read.insert(index, &self.payer);
                 self.wake();
             }
             call.count += 1;
@@ -714,8 +724,7 @@ impl Memory for Ram {
                 }
             }
         }
-        let _charge = self.payer.charge();
-        state.open.set.insert(index)?;
+        state.open.set.insert(index, &self.payer)?;
         Ok(Write::Ready(lock))
     }
 

@@ -92,10 +92,12 @@ case $accel in
     kvm) accelerate=(-accel kvm -cpu host) ;;
     *)
         accelerate=(-accel 'tcg,thread=multi' -cpu 'max,+svm')
-        # The kernel measures the TSC at boot and again, better, a second later. KVM keeps the first figure, and
-        # where it is more than 250 ppm below the second, gives a nested guest a TSC without which its timers
-        # never fire (set_tsc_khz in arch/x86/kvm/x86.c). An emulated CPU cannot tell its rate: do not refine it.
-        append="setcpuid=tsc_known_freq $append"
+        # An emulated CPU cannot tell the rate of its TSC, so the kernel measures it at boot, on a busy host 80
+        # times wrong, and again, better, a second later. KVM keeps the first figure; where it is more than
+        # 250 ppm below the second, it gives a nested guest a TSC without which its timers never fire
+        # (set_tsc_khz in arch/x86/kvm/x86.c). So tell it, and have it believe that.
+        khz=$("$TOP/scripts/tsc-khz")
+        [ -z "$khz" ] || append="tsc_early_khz=$khz setcpuid=tsc_known_freq $append"
         ;;
 esac
 

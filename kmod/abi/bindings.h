@@ -78,7 +78,7 @@ void remus_page_lock(struct page *page);
 void remus_page_unlock(struct page *page);
 void remus_page_wait_unlocked(struct page *page);
 void remus_page_clear(struct page *page);
-bool remus_page_maybe_held(const struct page *page);
+bool remus_page_maybe_held(struct page *page);
 int remus_page_read_to_user(struct page *page, void *to);
 unsigned long remus_page_pfn(const struct page *page);
 void remus_page_copy(struct page *to, struct page *from);

@@ -355,13 +355,17 @@ void remus_page_clear(struct page *page)
  * With the page locked nobody adds a mapping, so the number of mappings, which is read last, can only be
  * too low; each comes with a reference, and its owner has another one.
  */
-bool remus_page_maybe_held(const struct page *page)
+bool remus_page_maybe_held(struct page *page)
 {
-	const struct folio *folio = page_folio(page);
-	int refs = folio_ref_count(folio);
+	struct folio *folio = page_folio(page);
+	int refs, mappings;
 
+	folio_lock(folio);
+	refs = folio_ref_count(folio);
 	smp_rmb();
-	return refs > 1 + folio_mapcount(folio);
+	mappings = folio_mapcount(folio);
+	folio_unlock(folio);
+	return refs > 1 + mappings;
 }
 
 int remus_page_read_to_user(struct page *page, void __user *to)

@@ -70,6 +70,14 @@ impl Page {
         unsafe { bindings::remus_page_wait_unlocked(self.0.as_ptr()) };
     }
 
+    /// Whether anybody but its owner and the page tables may have a reference to the page, and so may
+    /// write it without a fault: whoever pinned it (`pin_user_pages()`), or got it (`get_user_pages()`,
+    /// as `/proc/PID/mem` does). That of [`Page::share`] counts, too. Locks the page. May sleep.
+    pub(crate) fn maybe_held(&self) -> bool {
+        // SAFETY: Valid by the type invariant.
+        unsafe { bindings::remus_page_maybe_held(self.0.as_ptr()) }
+    }
+
     /// Copies the whole content to user space. It is torn if somebody writes meanwhile. May sleep.
     pub(crate) fn read_to_user(&self, to: UserPtr) -> Result {
         // SAFETY: Valid by the type invariant; any address will do.
@@ -243,14 +251,6 @@ impl PageLock<'_> {
     pub(crate) fn clear(&self) {
         // SAFETY: Valid by the type invariant.
         unsafe { bindings::remus_page_clear(self.0 .0.as_ptr()) };
-    }
-
-    /// Whether anybody but its owner and the page tables may have a reference to the page, and so may
-    /// write it without a fault: whoever pinned it (`pin_user_pages()`), or got it (`get_user_pages()`,
-    /// as `/proc/PID/mem` does). That of [`Page::share`] counts, too.
-    pub(crate) fn maybe_held(&self) -> bool {
-        // SAFETY: Valid and locked by the type invariant.
-        unsafe { bindings::remus_page_maybe_held(self.0 .0.as_ptr()) }
     }
 
     /// Leaves the page locked: whoever takes over unlocks it.
