@@ -37,7 +37,7 @@ def processes_and_guest(stack):
     same(done["epochs"], count, "epochs")
     same(done["committed"] + done["aborted"], count, "every epoch is decided")
     # That it was a test at all.
-    for what in "pages", "process_steps", "guest_jobs", "committed", "aborted", "full", "most_copies", "read_again":
+    for what in "pages", "process_steps", "guest_jobs", "committed", "aborted", "full", "most_copies", "read_again", "stale":
         true(done[what] > 0, f"{what} in {done}")
     true(done["most_sealed"] > 1, f"several epochs at once: {done}")
 

@@ -31,7 +31,7 @@ use crate::stats::Figure;
 #[derive(Parser)]
 struct Options {
     /// How many rounds count
-    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u64).range(1..))]
     rounds: u64,
     /// Size of the large memory in MiB, a power of two
     #[arg(long, default_value_t = 1024)]

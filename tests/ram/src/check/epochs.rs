@@ -28,6 +28,8 @@ use crate::Options;
 const DEPTH: usize = 4;
 /// Longest time between two seals, in microseconds.
 const LONGEST: u64 = 20_000;
+/// After so many rounds what is seldom is done once even if chance has not had it so far.
+const SURE: u64 = 20;
 
 /// A domain with memory that goes when this is dropped.
 pub struct Domain {
@@ -170,7 +172,7 @@ impl Check<'_> {
         self.totals.standing = self.totals.standing.max(self.sealed.len());
         let counts = self.domain.client.counts(&self.domain.name)?;
         self.totals.copies = self.totals.copies.max(counts.snapshot);
-        self.decide()
+        self.decide(round)
     }
 
     /// Seals the epoch in which `written` was written since the last seal or abort, and lets the
@@ -181,7 +183,8 @@ impl Check<'_> {
         expected.merge(&self.carried);
         self.carried = Bits::new(pages);
 
-        let full = self.sealed.is_empty() && self.rng.random_range(0..25) == 0;
+        let due = self.totals.full == 0 && next > SURE;
+        let full = self.sealed.is_empty() && (self.rng.random_range(0..15) == 0 || due);
         let reference_by_map = self.rng.random();
         let before = self.domain.client.counts(&self.domain.name)?;
         ensure!(
@@ -243,8 +246,9 @@ impl Check<'_> {
     }
 
     /// Commits or aborts some of the sealed epochs, or none.
-    fn decide(&mut self) -> Result<()> {
-        if self.rng.random_range(0..12) == 0 {
+    fn decide(&mut self, round: u64) -> Result<()> {
+        let due = self.totals.aborted == 0 && round > SURE;
+        if self.rng.random_range(0..12) == 0 || due {
             let from = self.rng.random_range(0..self.sealed.len());
             return self.abort(from);
         }
