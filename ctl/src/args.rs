@@ -136,10 +136,13 @@ pub enum Domain {
         #[arg(short, long)]
         json: bool,
     },
-    /// Change the limits of a domain; what is not named stays.
+    /// Change the limits of a domain, or add ports to it; what is not named stays.
     Set {
         /// Its name.
         name: String,
+        /// Another network interface of it, as after a take-over; may be repeated.
+        #[arg(long = "port", value_name = "DEV")]
+        ports: Vec<String>,
         /// Its limits.
         #[command(flatten)]
         limits: Limits,

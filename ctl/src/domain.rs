@@ -83,12 +83,36 @@ fn undo(kernel: &mut Remus, links: &mut Links, name: &str) {
     }
 }
 
-/// Changes limits of a domain.
-pub fn set(name: &str, limits: &Limits, as_json: bool) -> Result<()> {
-    if *limits == Limits::default() {
+/// Changes limits of a domain, and makes interfaces its ports. If anything fails, it is as before.
+pub fn set(name: &str, ports: &[String], limits: &Limits, as_json: bool) -> Result<()> {
+    if *limits == Limits::default() && ports.is_empty() {
         bail!("nothing to change is named: see remusctl domain set --help");
     }
-    let domain = Remus::connect()?.domain_set(name, limits)?;
+    let mut kernel = Remus::connect()?;
+    let mut links = Links::open()?;
+    kernel.get(name)?;
+    let known = ports_of(name);
+    let mut change = || {
+        for port in ports {
+            links.add_port(port, name)?;
+        }
+        kernel.domain_set(name, limits)
+    };
+    let domain = match change() {
+        Ok(domain) => domain,
+        Err(e) => {
+            let now = Links::open()?.ports()?;
+            for port in now
+                .iter()
+                .filter(|p| p.domain == name && !known.contains(&p.device))
+            {
+                if let Err(e) = links.del_port(port) {
+                    say!("could not undo all of it: {e:#}");
+                }
+            }
+            return Err(e);
+        }
+    };
     if as_json {
         return print_json(&domain);
     }

@@ -82,7 +82,12 @@ fn run(cli: &Cli) -> Result<u8> {
         }
         Command::Domain(Domain::List { json }) => domain::list(*json)?,
         Command::Domain(Domain::Show { name, json }) => domain::show(name, *json)?,
-        Command::Domain(Domain::Set { name, limits, json }) => domain::set(name, limits, *json)?,
+        Command::Domain(Domain::Set {
+            name,
+            ports,
+            limits,
+            json,
+        }) => domain::set(name, ports, limits, *json)?,
         Command::Domain(Domain::Del { name, force }) => domain::del(name, *force)?,
         Command::Seal { name, full, json } => {
             domain::step(name, Step::Seal { full: *full }, *json)?;

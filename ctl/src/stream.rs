@@ -120,12 +120,27 @@ pub struct Receiver {
 
 struct Watched {
     stream: TcpStream,
+    timeout: Duration,
     heard: Instant,
 }
 
 impl Read for Watched {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let n = self.stream.read(buf)?;
+        let n = loop {
+            match self.stream.read(buf) {
+                Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                    // The socket's timeout counts ticks, and these catch up at once on a host that was kept
+                    // from running: it may come early, and then nobody is dead.
+                    let left = self.timeout.saturating_sub(self.heard.elapsed());
+                    if left.is_zero() {
+                        return Err(e);
+                    }
+                    let wait = Timespec::try_from(left).map_err(io::Error::other)?;
+                    poll(&mut [PollFd::new(&self.stream, PollFlags::IN)], Some(&wait))?;
+                }
+                other => break other?,
+            }
+        };
         if n > 0 {
             self.heard = Instant::now();
         }
@@ -142,6 +157,7 @@ impl Receiver {
             .context("cannot set a timeout")?;
         let watched = Watched {
             stream,
+            timeout,
             heard: Instant::now(),
         };
         Ok(Self {
@@ -173,7 +189,9 @@ impl Receiver {
 
     /// Changes the silence that is an error.
     pub fn set_timeout(&mut self, timeout: Duration) -> Result<()> {
-        let stream = &self.reader.get_ref().stream;
+        let watched = self.reader.get_mut();
+        watched.timeout = timeout;
+        let stream = &watched.stream;
         stream
             .set_read_timeout(Some(timeout))
             .context("cannot set a timeout")
@@ -253,5 +271,32 @@ impl Drop for Heartbeat {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    /// What the socket's timeout says is not believed before its time, nor is it waited for twice.
+    #[test]
+    fn silence_is_as_long_as_said() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let other = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (stream, _) = listener.accept().unwrap();
+        let timeout = Duration::from_millis(300);
+        let mut receiver = Receiver::new(&stream, timeout).unwrap();
+        // The two are one socket.
+        stream
+            .set_read_timeout(Some(Duration::from_millis(10)))
+            .unwrap();
+        let start = Instant::now();
+        match receiver.next() {
+            Err(Broken::Silence(d)) => assert!(d >= timeout && start.elapsed() >= timeout),
+            other => panic!("{other:?}"),
+        }
+        drop(other);
     }
 }

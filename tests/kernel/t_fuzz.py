@@ -338,7 +338,7 @@ def ram_calls(stack):
     with Genl() as genl:
         genl.new("web", pages * PAGE)
     stack.callback(lambda: Genl().delete("web"))
-    count = scaled(5_000 if DEBUG else 20_000, 500_000)
+    count = scaled(2_500 if DEBUG else 20_000, 500_000)
 
     def caller(who):
         calls = RamCalls(random.Random(SEED + who), pages)

@@ -130,7 +130,7 @@ fn differences(spec: &Yaml, uapi: &str) -> Vec<String> {
         .map(str::to_owned)
         .into();
     // tca and ram have their source in uapi.rs.
-    let mut modules: BTreeSet<&str> = ["attr", "cmd", "ram", "tca"].into();
+    let mut modules: BTreeSet<String> = ["attr", "cmd", "ram", "tca"].map(str::to_owned).into();
     let mut limits = BTreeMap::new();
     for definition in spec["definitions"].as_vec().unwrap() {
         let name = definition["name"].as_str().unwrap();
@@ -147,10 +147,11 @@ fn differences(spec: &Yaml, uapi: &str) -> Vec<String> {
                 all.same(name, value, ours);
             }
             Some("enum") => {
-                modules.insert(name);
+                let name = module_name(name);
                 let entries = definition["entries"].as_vec().unwrap();
                 let first = definition["value-start"].as_i64().unwrap_or(0);
-                all.module(uapi, name, &numbered(entries, first), false);
+                all.module(uapi, &name, &numbered(entries, first), false);
+                modules.insert(name);
             }
             other => all.same(name, other, None),
         }
@@ -160,6 +161,7 @@ fn differences(spec: &Yaml, uapi: &str) -> Vec<String> {
     let have = uapi
         .lines()
         .filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(" {"))
+        .map(str::to_owned)
         .collect();
     all.same("modules", &modules, &have);
 
@@ -199,7 +201,7 @@ fn differences(spec: &Yaml, uapi: &str) -> Vec<String> {
             all.same("a check", key, "max-len".to_owned());
         }
         if let Some(name) = attribute["enum"].as_str() {
-            all.same(name, modules.contains(name), true);
+            all.same(name, modules.contains(&module_name(name)), true);
         }
     }
     let number = |name: &String| {
@@ -305,6 +307,11 @@ fn differences(spec: &Yaml, uapi: &str) -> Vec<String> {
     all.0
 }
 
+/// Where the numbers of an enumeration are.
+fn module_name(name: &str) -> String {
+    name.replace('-', "_")
+}
+
 #[test]
 fn same() {
     let all = differences(&load(SPEC), UAPI);
@@ -377,7 +384,11 @@ fn any_change_of_the_specification_is_noticed() {
     let mut all = Vec::new();
     mutants(&spec, "", &mut all);
     // The order of constants says nothing.
-    all.retain(|(what, _)| what != "/definitions/1 one up" && what != "/definitions/2 one up");
+    all.retain(|(what, _)| {
+        !what.starts_with("/definitions/")
+            || !what.ends_with(" one up")
+            || what.contains("/entries/")
+    });
     assert!(all.len() > 300, "{}", all.len());
     for (what, changed) in all {
         assert!(!differences(&changed, UAPI).is_empty(), "{what}");
@@ -390,12 +401,14 @@ fn any_change_of_a_number_is_noticed() {
     let mut count = 0;
     let lines: Vec<&str> = UAPI.lines().collect();
     for (i, line) in lines.iter().enumerate() {
-        let in_module = ["attr", "cmd", "direction"].iter().any(|module| {
-            let start = format!("pub mod {module} {{");
-            let start = lines.iter().position(|l| **l == start).unwrap();
-            let end = start + lines[start..].iter().position(|l| *l == "}").unwrap();
-            (start..end).contains(&i)
-        });
+        let in_module = ["attr", "cmd", "cow_policy", "direction"]
+            .iter()
+            .any(|module| {
+                let start = format!("pub mod {module} {{");
+                let start = lines.iter().position(|l| **l == start).unwrap();
+                let end = start + lines[start..].iter().position(|l| *l == "}").unwrap();
+                (start..end).contains(&i)
+            });
         if !in_module || !line.contains("pub const ") {
             continue;
         }
