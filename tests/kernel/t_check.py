@@ -25,7 +25,7 @@ def ram_check(stack, *arguments):
 
 
 def epochs():
-    return scaled(60 if DEBUG else 100, 2000)
+    return scaled(40 if DEBUG else 100, 2000)
 
 
 @test(seconds=1800)
@@ -45,5 +45,5 @@ def processes_and_guest(stack):
 @test(seconds=600)
 def one_page(stack):
     """The smallest memory: every writer writes the same page all the time."""
-    done = ram_check(stack, "--epochs", str(scaled(40, 400)), "--pages", "1", "--no-guest")
+    done = ram_check(stack, "--epochs", str(scaled(25, 400)), "--pages", "1", "--no-guest")
     true(done["most_copies"] > 0, f"copies: {done}")
