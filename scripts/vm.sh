@@ -91,7 +91,7 @@ accel=${REMUS_ACCEL:-$(probe_accel)}
 case $accel in
     kvm) accelerate=(-accel kvm -cpu host) ;;
     *)
-        accelerate=(-accel 'tcg,thread=multi' -cpu 'max,+svm')
+        accelerate=(-accel 'tcg,thread=multi' -cpu 'max,+svm,la57=off')
         # An emulated CPU cannot tell the rate of its TSC, so the kernel measures it at boot, on a busy host 80
         # times wrong, and again, better, a second later. KVM keeps the first figure; where it is more than
         # 250 ppm below the second, it gives a nested guest a TSC without which its timers never fire
