@@ -15,7 +15,7 @@
 //! packet costs no lock of the instance's own. Whoever else wants that state takes the root lock as well: in
 //! process context through an [`Instance`], in the ingress hook through an [`Unlocked`].
 //!
-//! Lock order: the RTNL, the mutex of an [`Instance`], the root lock.
+//! Lock order: the RTNL, [`Instance::waking`], [`Instance::sch`], the root lock.
 //!
 //! C headers: [`include/net/sch_generic.h`](srctree/include/net/sch_generic.h),
 //! [`include/net/pkt_sched.h`](srctree/include/net/pkt_sched.h)
@@ -281,9 +281,13 @@ impl Caller<'_> {
 ///
 /// # Invariants
 ///
-/// The pointer is to an initialised instance of this kind, or there is none any more.
+/// The pointer is to an initialised instance of this kind, or there is none any more. It is taken away with
+/// both locks held, before the instance goes.
 #[pin_data]
 pub(crate) struct Instance<T: Qdisc> {
+    /// For as long as the device dequeues, which nobody else here should have to wait for: a seal, above all.
+    #[pin]
+    waking: Mutex<()>,
     #[pin]
     sch: Mutex<Option<AssertSync<NonNull<bindings::Qdisc>>>>,
     _kind: PhantomData<fn() -> T>,
@@ -297,6 +301,7 @@ impl<T: Qdisc> Instance<T> {
         // INVARIANT: By the safety requirements.
         Arc::pin_init(
             pin_init!(Self {
+                waking <- new_mutex!((), "remus_waking"),
                 sch <- new_mutex!(Some(AssertSync(sch)), "remus_instance"),
                 _kind: PhantomData,
             }),
@@ -306,10 +311,12 @@ impl<T: Qdisc> Instance<T> {
 
     /// Has the device dequeue: most of it has happened when this returns. Process context, may sleep.
     pub(crate) fn wake(&self) {
-        if let Some(sch) = &*self.sch.lock() {
-            // SAFETY: Valid by the type invariant; the lock keeps `stop` away, which waits until the
+        let _waking = self.waking.lock();
+        let sch = self.sch.lock().as_ref().map(|sch| sch.0);
+        if let Some(sch) = sch {
+            // SAFETY: Valid by the type invariant; `waking` keeps `stop` away, which waits until the
             // device is done with it.
-            unsafe { bindings::remus_qdisc_wake(sch.0.as_ptr()) };
+            unsafe { bindings::remus_qdisc_wake(sch.as_ptr()) };
         }
     }
 
@@ -336,7 +343,10 @@ impl<T: Qdisc> Instance<T> {
     }
 
     fn stop(&self) {
-        let sch = self.sch.lock().take();
+        let sch = {
+            let _waking = self.waking.lock();
+            self.sch.lock().take()
+        };
         if let Some(sch) = sch {
             // SAFETY: The instance is still valid, by what `new` requires; nobody can wake it any more.
             unsafe { bindings::remus_qdisc_settle(sch.0.as_ptr()) };
