@@ -666,6 +666,7 @@ def late_packets(stack, kind):
         f.seek(0)
         f.write("100000")
     kid = Kid(flood, source, shared, 60000)
+    until(lambda: cells[1] > 200, "the sender has begun")
     marks, got, last, counted = [], [], 0, 0
     for _ in range(scaled(100)):
         # Sent for certain before the seal; on its way to an ingress it may still be late.
