@@ -707,13 +707,14 @@ impl Memory for Ram {
     }
 
     fn will_write<'a>(&self, index: u64, page: &'a Page) -> Result<Write<'a>> {
-        let turn = self.turn.load(Relaxed);
         let state = self.state.read();
         let lock = page.lock();
         // The content until now is that of the newest sealed epoch that the page is in; if that has
         // a copy already, the page was written since. Older epochs got their copy when it was.
         let mut sealed = state.sealed.iter().rev();
         if let Some(sealed) = sealed.find(|s| s.dirty.set.contains(index)) {
+            // Before the look at the limit, so that whoever makes room after it is noticed.
+            let turn = self.turn.load(Relaxed);
             let needed = !sealed.read.contains(index) && !state.written_since(sealed.epoch, index);
             if needed && !self.keep(sealed, index, &lock, false)? {
                 if !self.fails.load(Relaxed) {
