@@ -59,6 +59,8 @@ if [ "$what" = all ] || [ "$what" = tc ]; then step "tc" tests/tdc/run; fi
 if [ "$what" = all ] || [ "$what" = errors ]; then step "errors" tests/errors/run; fi
 if [ "$what" = all ] || [ "$what" = takeover ]; then
     step "take-overs" scripts/demo.sh --tap --report takeovers --runs "${RUNS:-10}"
+    # And once the other way afterwards.
+    step "protected again" scripts/demo.sh --tap --report back --runs 1 --back
     # One part dies, the rest goes on: what must be mute stays mute. With a larger guest, and with vhost-net,
     # to see that too.
     step "fail closed" scripts/demo.sh --tap --report fail-closed --memory 512 --vhost --runs 3 --kill remusctl,qemu,standby
