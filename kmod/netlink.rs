@@ -299,7 +299,9 @@ fn put_domain(message: &mut Message<'_>, domain: &Domain) -> Result {
         message.put_uint(attr::RESIDENT_PAGES, counts.resident)?;
         message.put_uint(attr::MEMORY_USERS, ram.users().unsigned_abs())?;
         message.put_uint(attr::SNAPSHOT_PAGES, counts.copies)?;
-        message.put_uint(attr::COW_LIMIT, counts.limit * PAGE_SIZE as u64)?;
+        // Rounded up to whole pages, which the largest number is not.
+        let limit = counts.limit.saturating_mul(PAGE_SIZE as u64);
+        message.put_uint(attr::COW_LIMIT, limit)?;
         let policy = match counts.policy {
             CowPolicy::Throttle => uapi::cow_policy::THROTTLE,
             CowPolicy::Fail => uapi::cow_policy::FAIL,

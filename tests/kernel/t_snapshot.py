@@ -326,6 +326,7 @@ def cow_settings(stack):
         with fails(errno.EINVAL):
             genl.new("other", PAGE, cow_policy=policy)
     genl.set("web", cow_policy=1)
+    same(genl.set("web", cow_limit=(1 << 64) - 1)["cow-limit"], (1 << 64) - 1, "the largest number")
     view = genl.set("web", cow_limit=0)
     same((view["cow-limit"], view["cow-policy"]), (0, 1), "as set")
     for name in "plain", "web":
