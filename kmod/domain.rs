@@ -145,16 +145,6 @@ impl Cow {
             policy,
         })
     }
-
-    fn check_unused(&self) -> Result<(), Refusal> {
-        if self.limit.is_some() || self.policy.is_some() {
-            return Err(refusal!(
-                EINVAL,
-                "the domain has no memory to limit copies of"
-            ));
-        }
-        Ok(())
-    }
 }
 
 /// What a command on an epoch has done.
@@ -484,9 +474,8 @@ impl Domain {
     ) -> Result<(), Refusal> {
         let mut state = self.state.lock();
         state.check(sender)?;
-        match self.ram() {
-            Some(ram) => ram.set(cow.limit, cow.policy),
-            None => cow.check_unused()?,
+        if let Some(ram) = self.ram() {
+            ram.set(cow.limit, cow.policy);
         }
         if let Some(packets) = packets {
             self.limit_packets.store(packets, Relaxed);
@@ -731,9 +720,6 @@ pub(crate) fn closed(socket: Socket) {
 
 /// Creates a domain, with `memory` bytes of memory.
 pub(crate) fn new(name: Name, memory: Option<u64>, cow: Cow) -> Result<Arc<Domain>, Refusal> {
-    if memory.is_none() {
-        cow.check_unused()?;
-    }
     if let Some(size) = memory {
         if size == 0 || size % PAGE_SIZE as u64 != 0 {
             return Err(refusal!(

@@ -200,16 +200,22 @@ fn run(request: &Request<'_>, attrs: &Attrs<'_>, ack: &Ack<'_>) -> Result<(), Re
     };
     let find = || domain::get(&name).map_err(|r| blame(attr::DOMAIN, r));
     let number = |n| attrs.get(n).map(|a| a.number());
-    let cow = || {
-        domain::Cow::new(number(attr::COW_LIMIT), number(attr::COW_POLICY))
-            .map_err(|r| blame(attr::COW_POLICY, r))
+    let cow = |has_memory: bool| {
+        let (limit, policy) = (number(attr::COW_LIMIT), number(attr::COW_POLICY));
+        if !has_memory && (limit.is_some() || policy.is_some()) {
+            let first = limit.map_or(attr::COW_POLICY, |_| attr::COW_LIMIT);
+            let why = refusal!(EINVAL, "the domain has no memory to limit copies of");
+            return Err(blame(first, why));
+        }
+        domain::Cow::new(limit, policy).map_err(|r| blame(attr::COW_POLICY, r))
     };
     let sender = request.sender();
     // Before anything is done: whoever gets no answer must be sure that nothing was.
     let reply = request.reply()?;
     match request.command() {
         cmd::DOMAIN_NEW => {
-            let domain = domain::new(name, number(attr::MEMORY), cow()?).map_err(|r| {
+            let memory = number(attr::MEMORY);
+            let domain = domain::new(name, memory, cow(memory.is_some())?).map_err(|r| {
                 let about_name = r.error == EEXIST;
                 blame(
                     if about_name {
@@ -253,7 +259,7 @@ fn run(request: &Request<'_>, attrs: &Attrs<'_>, ack: &Ack<'_>) -> Result<(), Re
                 sender,
                 number(attr::LIMIT_PACKETS),
                 number(attr::LIMIT_BYTES),
-                cow()?,
+                cow(domain.ram().is_some())?,
                 attrs.get(attr::OWN).is_some(),
             )?;
             reply.send(|m| put_domain(m, &domain))?;
