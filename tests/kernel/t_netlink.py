@@ -242,37 +242,6 @@ def memory_sizes(stack):
         genl.delete("web")
 
 
-@test(seconds=240)
-def more_memory_than_there_is(stack):
-    """Sizes whose bookkeeping alone exceeds the machine: an error, nobody is killed for it."""
-    with open("/proc/meminfo") as f:
-        fits = int(f.readline().split()[1]) // 4 * 4096
-
-    def attempt():
-        made = []
-        with netlink.Genl() as genl:
-            try:
-                for i in range(8):
-                    try:
-                        genl.new(f"huge{i}", 1 << 44)
-                    except Refused as error:
-                        sentence(error)
-                        # This machine may have refused the size itself: what fits, many times.
-                        genl.new(f"huge{i}", fits)
-                    made.append(f"huge{i}")
-                result = "all fit"
-            except Refused as error:
-                sentence(error)
-                result = error.errno
-            for name in made:
-                genl.delete(name)
-        return result
-    genl = stack.enter_context(netlink.Genl())
-    result = Kid(attempt).result()
-    same(result in (errno.ENOMEM, "all fit"), True, f"result {result}")
-    same(genl.dump(), [], "domains")
-
-
 @test
 def duplicates(stack):
     genl = fixture(stack)
