@@ -151,10 +151,15 @@ class Log:
     def __init__(self):
         self.fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         self.ignore = None
+        self.kept = []
         self.news()
 
+    def keep(self):
+        """Takes in what has come: in a long test the kernel's ring may overrun before its end."""
+        self.kept = self.news()
+
     def news(self):
-        out = []
+        out, self.kept = self.kept, []
         while True:
             try:
                 record = os.read(self.fd, 8192).decode(errors="replace")

@@ -15,6 +15,7 @@ import socket
 import struct
 import time
 
+import harness
 import netlink
 import ram
 from harness import DEBUG, SEED, Kid, same, scaled, test, true
@@ -178,6 +179,7 @@ def messages(stack):
         done += BATCH
         if turn % 8 == 0:
             drain(s.sock)
+            harness.LOG.keep()
             # Packets, so that there is something to hold, release and drop.
             for sender in senders:
                 with contextlib.suppress(OSError):
