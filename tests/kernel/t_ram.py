@@ -107,6 +107,12 @@ def mappings_refused(stack):
         got = libc.mremap(small.addr, old, new, flags, None)
         true(got == ram.FAILED, f"mremap {old} -> {new}")
         true(ctypes.get_errno() in (errno.EFAULT, errno.EINVAL, errno.ENOMEM), ctypes.get_errno())
+    # Nor is anything taken out of it: MADV_REMOVE punches holes, MADV_FREE is for anonymous memory.
+    m.write(PAGE, content(1))
+    for advice in 8, 9:
+        same(libc.madvise(m.map.addr, size, advice), -1, f"madvise {advice}")
+        true(ctypes.get_errno() in (errno.EINVAL, errno.ENODEV, errno.EOPNOTSUPP), f"madvise {advice}: {ctypes.get_errno()}")
+    same(m.map.page(1), content(1), "the page")
     for call in lambda: os.ftruncate(fd, 0), lambda: os.posix_fallocate(fd, 0, PAGE):
         with fails(errno.EINVAL, errno.ENODEV, errno.ESPIPE, errno.EOPNOTSUPP, errno.ENOTTY):
             call()
