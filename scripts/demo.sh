@@ -29,5 +29,16 @@ say "building remusctl"
 guest=$("$TOP/scripts/guest.sh")
 say "booting the machine that holds both hosts"
 # Both hosts' guests and what is copied on write, besides the system itself.
-"$TOP/scripts/vm.sh" --timeout $((120 + runs * 120)) --memory $((1536 + 3 * memory)) --out "$TOP/build/vm/demo" \
-    -- "$TOP/tests/demo/run" --guest "$guest" "$@"
+machine() {
+    "$TOP/scripts/vm.sh" --timeout $((120 + runs * 120)) --memory $((1536 + 3 * memory)) --out "$TOP/build/vm/demo" \
+        -- "$TOP/tests/demo/run" --guest "$guest" "$@"
+}
+rc=0
+machine "$@" || rc=$?
+# QEMU's emulation of nested virtualisation does this now and then: see reset_by_emulation in tests/demo/run.
+if [ "$rc" = 121 ] && grep -q 'REMUS_ACCEL=tcg' "$TOP/build/vm/demo/job.sh"; then
+    say "NOT COUNTED, once more: the machine that holds both hosts was reset"
+    rc=0
+    machine "$@" || rc=$?
+fi
+exit "$rc"

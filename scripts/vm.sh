@@ -170,5 +170,5 @@ elif [ "$rc" != 0 ]; then
     fail "QEMU did not start (exit status $rc): see the lines above."
 fi
 tail -n 5 "$out/kernel.log" >&2 || true
-echo "error: the virtual machine ended without the command's exit status; its kernel log is $out/kernel.log." >&2
+echo "error: the virtual machine was reset with no word from its kernel; its log is $out/kernel.log." >&2
 exit 121

@@ -194,6 +194,8 @@ impl<T: Memory> Operations<T> {
                 write: Some(Self::write),
                 llseek: Some(Self::llseek),
                 unlocked_ioctl: Some(Self::ioctl),
+                // There is nothing to write back to; QEMU syncs its memory after it has loaded a state.
+                fsync: Some(bindings::noop_fsync),
                 ..Plain::ZERO
             }),
             PhantomData,

@@ -23,6 +23,10 @@ import sys
 import time
 
 
+# For an answer at the end, in seconds: after an outage TCP may try again only this much later.
+PATIENCE = 30
+
+
 class Broken(Exception):
     """The connection is of no more use."""
 
@@ -102,7 +106,7 @@ class Client:
         """An INCR may be on its way: its reply comes first, and then the value itself must agree."""
         self.socket.sendall(b"GET demo\r\n")
         while True:
-            line = self.line(5)
+            line = self.line(PATIENCE)
             if line is None:
                 raise Broken("no answer at the end")
             if line.startswith(b":"):
@@ -110,12 +114,12 @@ class Client:
                 self.counts["requests"] += 1
                 self.value = self.number(line)
             elif line.startswith(b"$"):
-                text = self.line(5)
+                text = self.line(PATIENCE)
                 self.check(int(text or 0), self.value)
                 break
         # INCRs alone would be answered by a machine that has lost its timers.
         self.socket.sendall(b"BLPOP nothing 0.05\r\n")
-        if self.line(10) != b"*-1":
+        if self.line(PATIENCE) != b"*-1":
             raise Broken("the server's timers do not run")
 
 
