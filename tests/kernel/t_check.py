@@ -42,6 +42,18 @@ def processes_and_guest(stack):
     true(done["most_sealed"] > 1, f"several epochs at once: {done}")
 
 
+@test(seconds=900)
+def limited(stack):
+    """With room for few copies writers wait for the readers, and all is as exact as without."""
+    if not os.path.exists("/dev/kvm"):
+        raise Skip("there is no /dev/kvm in this machine")
+    limit = 24
+    done = ram_check(stack, "--epochs", str(scaled(25, 400)), "--cow-limit", str(limit), "--memory", "4")
+    true(done["waits"] > 0, f"waits: {done}")
+    # Each of the writers may be about to see that there is no room.
+    true(0 < done["most_copies"] <= limit + 8, f"copies: {done}")
+
+
 @test(seconds=600)
 def one_page(stack):
     """The smallest memory: every writer writes the same page all the time."""

@@ -44,6 +44,10 @@ pub mod attr {
     pub const DURATION_NS: u16 = 15;
     /// Count every existing page as written, flag.
     pub const FULL: u16 = 16;
+    /// Most old contents that may be kept, in bytes, 0 for any number, uint.
+    pub const COW_LIMIT: u16 = 32;
+    /// How often somebody waited for room for one, uint.
+    pub const COW_WAITS: u16 = 36;
 }
 
 /// Bytes in a record of a sealed epoch: page number (u64, little endian), then the content.

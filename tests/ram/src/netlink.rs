@@ -51,6 +51,8 @@ pub struct Counts {
     pub resident: u64,
     /// Copies kept for sealed epochs.
     pub snapshot: u64,
+    /// How often a writer waited for room for one, in times.
+    pub waits: u64,
 }
 
 /// A client.
@@ -80,11 +82,16 @@ impl Client {
         Ok(client)
     }
 
-    /// Creates a domain with so many bytes of memory.
-    pub fn create(&self, domain: &str, memory: u64) -> Result<()> {
+    /// Creates a domain with so many bytes of memory, for which so many bytes of copies may be kept, 0 for
+    /// any number.
+    pub fn create(&self, domain: &str, memory: u64, cow_limit: u64) -> Result<()> {
         self.request(
             cmd::DOMAIN_NEW,
-            &[name(domain), (attr::MEMORY, uint(memory))],
+            &[
+                name(domain),
+                (attr::MEMORY, uint(memory)),
+                (attr::COW_LIMIT, uint(cow_limit)),
+            ],
             NlmF::empty(),
         )
         .map(drop)
@@ -105,6 +112,7 @@ impl Client {
             dirty: reply.number(attr::DIRTY_PAGES)?,
             resident: reply.number(attr::RESIDENT_PAGES)?,
             snapshot: reply.number(attr::SNAPSHOT_PAGES)?,
+            waits: reply.number(attr::COW_WAITS)?,
         })
     }
 

@@ -39,10 +39,10 @@ pub struct Domain {
 }
 
 impl Domain {
-    /// Creates it.
-    pub fn create(name: &str, pages: u64) -> Result<Self> {
+    /// Creates it; so many copies may be kept, 0 for any number.
+    pub fn create(name: &str, pages: u64, cow_limit: u64) -> Result<Self> {
         let client = Client::connect()?;
-        client.create(name, pages * PAGE as u64)?;
+        client.create(name, pages * PAGE as u64, cow_limit * PAGE as u64)?;
         Ok(Self {
             client,
             name: name.into(),
@@ -80,6 +80,7 @@ struct Totals {
     full: u64,
     standing: usize,
     copies: u64,
+    waits: u64,
     read_again: u64,
     stale: u64,
 }
@@ -116,8 +117,8 @@ pub fn run(options: &Options, seed: u64) -> Result<Value> {
         "--memory and --pages take a power of two"
     );
     // In the order in which they may go: devices and writers before domains.
-    let domain = Domain::create(&options.domain, pages)?;
-    let second = Domain::create(&format!("{}-standby", options.domain), pages)?;
+    let domain = Domain::create(&options.domain, pages, options.cow_limit)?;
+    let second = Domain::create(&format!("{}-standby", options.domain), pages, 0)?;
     let guests = usize::from(!options.no_guest);
     let crew = Crew::start(&options.domain, pages, seed, options.writers, guests)?;
     let device = second.open()?;
@@ -172,6 +173,7 @@ impl Check<'_> {
         self.totals.standing = self.totals.standing.max(self.sealed.len());
         let counts = self.domain.client.counts(&self.domain.name)?;
         self.totals.copies = self.totals.copies.max(counts.snapshot);
+        self.totals.waits = counts.waits;
         self.decide(round)
     }
 
@@ -357,6 +359,7 @@ impl Check<'_> {
             "full": t.full,
             "most_sealed": t.standing,
             "most_copies": t.copies,
+            "waits": t.waits,
             "read_again": t.read_again,
             "stale": t.stale,
         })

@@ -55,6 +55,9 @@ pub struct Options {
     /// How many processes write, besides the guest
     #[arg(long, default_value_t = 3)]
     writers: usize,
+    /// Most old contents that may be kept at once, in pages; beyond that writers wait (any number)
+    #[arg(long, default_value_t = 0)]
+    cow_limit: u64,
     /// Without the KVM guest
     #[arg(long)]
     no_guest: bool,
