@@ -45,6 +45,7 @@ use crate::{
         workqueue, //
     },
     core::{
+        cost::Cost,
         dirty,
         uapi::ram as uapi, //
     },
@@ -77,7 +78,9 @@ use kernel::{
     time::{
         delay::fsleep,
         msecs_to_jiffies,
-        Delta, //
+        Delta,
+        Instant,
+        Monotonic, //
     },
     transmute::{
         AsBytes,
@@ -96,12 +99,11 @@ static OPERATIONS: Operations<Ram> = Operations::new(&THIS_MODULE);
 /// write-protect them by one call.
 const BLOCK_ORDER: u32 = 4;
 
-/// So many pages in vain are write-protected rather than make another call. `make bench-ram` measures what a
-/// page costs in a run and alone (`seal_dense_vs_sparse`): about a fifth.
-const GAP: u64 = 2;
-
 /// Pages that one call write-protects at most, so that a seal can be preempted.
 const RUN: u64 = 512;
+
+/// One call of so many is timed.
+const SAMPLE: u32 = 16;
 
 /// How long a writer waits for room before it faults again, so that it can be killed: so many glances,
 /// this far apart.
@@ -146,6 +148,8 @@ struct State {
     open: Arc<Bitmap>,
     /// Oldest first.
     sealed: KVec<Arc<Sealed>>,
+    /// What it costs to write-protect this memory's pages.
+    cost: Cost,
 }
 
 impl State {
@@ -269,6 +273,7 @@ impl Ram {
                     State {
                         open,
                         sealed: KVec::new(),
+                        cost: Cost::new(),
                     },
                     c"remus_ram",
                     kernel::static_lock_class!(),
@@ -369,7 +374,7 @@ impl Ram {
             },
             GFP_KERNEL,
         )?;
-        if let Err(error) = self.protect(&sealed, &new.set, &mut run) {
+        if let Err(error) = self.protect(&sealed, &new.set, &mut run, &mut state.cost) {
             // It stays the open one. What is write-protected already is written into it again.
             self.forget(&sealed);
             return Err(error);
@@ -392,7 +397,9 @@ impl Ram {
         sealed: &Sealed,
         open: &PageSet,
         run: &mut KVec<(u64, PageRef<'a>)>,
+        cost: &mut Cost,
     ) -> Result<(), Refusal> {
+        let (gap, mut calls) = (cost.gap(), 0);
         let mut pages = sealed.dirty.set.from(0);
         let mut next = pages.next();
         while let Some(first) = next {
@@ -413,7 +420,7 @@ impl Ram {
                 let Some(index) = pages.next() else {
                     break None;
                 };
-                if index - end > GAP || index - first >= RUN {
+                if index - end > gap || index - first >= RUN {
                     break Some(index);
                 }
                 let neighbour = |page: &PageRef<'_>| page.pfn() == pfn + (index - first) as usize;
@@ -426,7 +433,13 @@ impl Ram {
                     break Some(index);
                 }
             };
+            let begin = (calls % SAMPLE == 0).then(Instant::<Monotonic>::now);
             self.mapping.write_protect(first, pfn, end - first)?;
+            if let Some(begin) = begin {
+                let ns = begin.elapsed().as_nanos();
+                cost.learn(end - first, u64::try_from(ns).unwrap_or(0));
+            }
+            calls = calls.wrapping_add(1);
             for (index, page) in run.drain_all() {
                 if page.maybe_held() {
                     open.insert(index, &self.payer)?;

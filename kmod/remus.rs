@@ -24,6 +24,7 @@ mod abi;
 mod core {
     //! Logic without kernel types; the controller compiles the same files.
 
+    pub(crate) mod cost;
     pub(crate) mod dirty;
     pub(crate) mod epoch;
     pub(crate) mod ledger;

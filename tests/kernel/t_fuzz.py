@@ -333,7 +333,7 @@ class RamCalls:
         self.genl.close()
 
 
-@test(seconds=300)
+@test(seconds=1800)
 def ram_calls(stack):
     """Random ioctl, mmap and read calls, by two processes at once."""
     pages = 300

@@ -8,6 +8,8 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+#[path = "../../../kmod/core/cost.rs"]
+pub mod cost;
 #[path = "../../../kmod/core/dirty.rs"]
 pub mod dirty;
 #[path = "../../../kmod/core/epoch.rs"]
