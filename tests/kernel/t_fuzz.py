@@ -225,7 +225,9 @@ class RamCalls:
         self.rng, self.pages = rng, pages
         self.genl = Genl()
         self.fd = os.open("/dev/remus/web", os.O_RDWR | os.O_CLOEXEC)
-        self.buffer = ctypes.create_string_buffer(8 * ram.RECORD)
+        # With room on both sides: what the kernel is told to write beside the buffer must not hit something else.
+        self.buffer = ctypes.create_string_buffer(24 * ram.RECORD)
+        self.where = ctypes.addressof(self.buffer) + 8 * ram.RECORD
         self.maps, self.open, self.done, self.refused = [], 1, 0, 0
 
     def number(self):
@@ -234,15 +236,15 @@ class RamCalls:
                                 ram.END, number(self.rng)))
 
     def address(self):
-        where = ctypes.addressof(self.buffer)
-        if self.maps and self.rng.random() < 0.2:
-            return self.rng.choice(self.maps)[0] + self.rng.randrange(PAGE)
+        where, large = self.where, [at for at, length, _ in self.maps if length >= 3 * PAGE]
+        if large and self.rng.random() < 0.2:
+            return self.rng.choice(large) + self.rng.randrange(PAGE)
         return where if self.rng.random() < 0.9 else where + self.rng.randrange(-PAGE, 8 * PAGE) if self.rng.random() < 0.3 else number(self.rng)
 
     def read(self):
         length = self.rng.choice((8 * ram.RECORD, ram.RECORD, 3 * ram.RECORD, self.rng.randrange(9000)))
         if self.rng.random() < 0.9:
-            at = ctypes.addressof(self.buffer)
+            at = self.where
         else:
             at, length = self.address(), 0 if self.rng.random() < 0.2 else ram.RECORD
         fcntl.ioctl(self.fd, ram.READ, bytearray(ram.READ_STRUCT.pack(
@@ -256,7 +258,7 @@ class RamCalls:
 
     def ioctl(self):
         command = self.rng.choice((ram.READ, ram.BITMAP)) ^ (1 << self.rng.randrange(32) if self.rng.random() < 0.8 else 0)
-        libc.ioctl(self.fd, command, ctypes.addressof(self.buffer) if self.rng.random() < 0.7 else number(self.rng))
+        libc.ioctl(self.fd, command, self.where if self.rng.random() < 0.7 else number(self.rng))
 
     def map(self, offset=None, length=None):
         if offset is None:
