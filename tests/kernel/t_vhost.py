@@ -34,7 +34,8 @@ class Vhost:
         self.m, self.offered = machine, 0
         tap = TapSender(name, VNET_HDR)
         stack.callback(tap.close)
-        Rtnl().set(name, up=True)
+        with Rtnl() as rtnl:
+            rtnl.set(name, up=True)
         self.fd = os.open("/dev/vhost-net", os.O_RDWR | os.O_CLOEXEC)
         stack.callback(os.close, self.fd)
         for n in range(NUM):
