@@ -29,7 +29,6 @@ mod core {
     pub(crate) mod epoch;
     pub(crate) mod ledger;
     pub(crate) mod uapi;
-    pub(crate) mod wire;
 }
 mod domain;
 mod netlink;

@@ -5,36 +5,24 @@
 //!
 //! Threads and blocking calls, no runtime: what happens on an epoch's path can be read off the page.
 //!
-//! | command | here |
+//! | folder | holds |
 //! |---|---|
-//! | `doctor` | [`doctor`] |
-//! | `domain`, `seal`, `commit`, `abort`, `discard` | [`domain`], on [`netlink`] and [`link`] |
-//! | `protect` | [`primary`] gathers, [`protect`] is the loop |
-//! | `standby` | [`secondary`] gathers, [`standby`] receives, [`takeover`] resumes |
-//! | `status` | [`status`], from [`netlink`] and [`live`] |
+//! | [`commands`] | what is done at once, and ends: `domain`, `doctor`, `status`, the raw steps |
+//! | [`primary`] | `protect`: what it gathers, and [`primary::protect`], the loop |
+//! | [`standby`] | `standby`: what it gathers, [`standby::serve`] that receives, [`standby::takeover`] |
+//! | [`peer`] | the way to the other host |
+//! | [`host`] | what is on this host: kernel, virtual machine, memory |
+//! | [`report`] | what a running controller says of itself |
 
-mod address;
 mod args;
+mod commands;
 mod config;
-mod doctor;
-mod domain;
-mod kernel;
-mod link;
-mod live;
-mod netlink;
-mod nlsock;
+mod host;
+mod peer;
 mod primary;
-mod protect;
-mod qmp;
-mod ram;
-mod secondary;
+mod report;
 mod signals;
 mod standby;
-mod status;
-mod stream;
-mod takeover;
-mod trace;
-mod vmm;
 
 #[cfg(test)]
 mod tests;
@@ -45,8 +33,9 @@ use anyhow::Result;
 use clap::Parser;
 
 use crate::args::{Cli, Command, Domain};
+use crate::commands::domain::Step;
+use crate::commands::{doctor, domain, status};
 use crate::config::Config;
-use crate::domain::Step;
 
 fn main() -> ExitCode {
     match run(&Cli::parse()) {
@@ -62,7 +51,7 @@ fn run(cli: &Cli) -> Result<u8> {
     match &cli.command {
         Command::Doctor { json } => return Ok(u8::from(!doctor::run(*json)?)),
         Command::Protect(args) => return primary::protect(args, &cli.run_dir),
-        Command::Standby(args) => return secondary::standby(args, &cli.run_dir),
+        Command::Standby(args) => return standby::standby(args, &cli.run_dir),
         Command::Status { name, json } => status::show(&cli.run_dir, name.as_deref(), *json)?,
         Command::Domain(Domain::Add {
             name,

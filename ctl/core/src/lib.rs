@@ -18,5 +18,3 @@ pub mod epoch;
 pub mod ledger;
 #[path = "../../../kmod/core/uapi.rs"]
 pub mod uapi;
-#[path = "../../../kmod/core/wire.rs"]
-pub mod wire;

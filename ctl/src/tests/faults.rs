@@ -10,11 +10,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::model::{flaky, until, Copy, Failure, Model, Random, Toy};
-use crate::live::Shared;
-use crate::protect::{self, introduce, Parts, Plan};
-use crate::standby::{self, serve, Held, Offer};
-use crate::stream::lock;
-use crate::trace::Trace;
+use crate::peer::stream::lock;
+use crate::primary::protect::{self, introduce, Parts, Plan};
+use crate::report::live::Shared;
+use crate::report::trace::Trace;
+use crate::standby::serve::{self as standby, serve, Held, Offer};
 use remus_core::uapi::ram::PAGE_SIZE;
 
 const PAGES: usize = 60;

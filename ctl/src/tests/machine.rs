@@ -17,16 +17,16 @@ use anyhow::Result;
 use remus_core::uapi::ram::PAGE_SIZE;
 
 use super::model::{until, Model};
-use crate::kernel::{Guest, Image};
-use crate::live::Shared;
-use crate::protect::{self, introduce, Parts, Plan};
-use crate::qmp::Qmp;
-use crate::ram::Ram;
-use crate::standby::{self, serve, Held, Offer};
-use crate::stream::lock;
-use crate::takeover::take_over;
-use crate::trace::Trace;
-use crate::vmm::Vmm;
+use crate::host::kernel::{Guest, Image};
+use crate::host::qmp::Qmp;
+use crate::host::ram::Ram;
+use crate::host::vmm::Vmm;
+use crate::peer::stream::lock;
+use crate::primary::protect::{self, introduce, Parts, Plan};
+use crate::report::live::Shared;
+use crate::report::trace::Trace;
+use crate::standby::serve::{self as standby, serve, Held, Offer};
+use crate::standby::takeover::take_over;
 
 const MEMORY: u64 = 8 << 20;
 /// Where the program counts.

@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, Result};
 use remus_core::epoch::Epochs;
 use remus_core::uapi::ram::{self, PAGE_SIZE, RECORD_SIZE};
-use remus_core::wire;
+use remus_proto::frame;
 
-use crate::kernel::{Domain, Done, Guest, Image, Kernel, Pages};
-use crate::stream::lock;
+use crate::host::kernel::{Domain, Done, Guest, Image, Kernel, Pages};
+use crate::peer::stream::lock;
 
 /// How a guest's memory is looked at.
 pub type Look = Arc<dyn Fn() -> Vec<u8> + Send + Sync>;
@@ -175,7 +175,7 @@ impl Pages for Model {
         for &page in dirty.iter().filter(|p| **p >= from).take(7) {
             let content = &memory[page as usize * PAGE_SIZE..][..PAGE_SIZE];
             let to = &mut buffer[count * RECORD_SIZE..][..RECORD_SIZE];
-            wire::record(page, content.try_into().unwrap(), to.try_into().unwrap());
+            frame::record(page, content.try_into().unwrap(), to.try_into().unwrap());
             count += 1;
             *cursor = page + 1;
         }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, Context, Result};
 use rustix::process::{kill_process, Pid, Signal};
 
-use crate::qmp::Qmp;
+use crate::host::qmp::Qmp;
 
 /// How long it may take to open its QMP socket.
 const START: Duration = Duration::from_secs(30);

@@ -13,15 +13,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Error, Result};
 use remus_core::uapi::ram::PAGE_SIZE;
-use remus_core::wire::{records, EpochBegin, EpochEnd, Header, Hello, Kind, Stamp, Welcome};
+use remus_proto::frame::{records, EpochBegin, EpochEnd, Header, Hello, Kind, Stamp, Welcome};
 use serde_json::json;
 
-use crate::kernel::Image;
-use crate::live::Shared;
-use crate::qmp::STATE_MAX;
+use crate::host::kernel::Image;
+use crate::host::qmp::STATE_MAX;
+use crate::peer::stream::{lock, Broken, Heartbeat, Receiver, Sender};
+use crate::report::live::Shared;
+use crate::report::trace::{ms, Trace};
 use crate::say;
-use crate::stream::{lock, Broken, Heartbeat, Receiver, Sender};
-use crate::trace::{ms, Trace};
 
 /// How long a caller may take to say what it wants.
 const INTRODUCTION: Duration = Duration::from_secs(3);

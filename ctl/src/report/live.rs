@@ -16,7 +16,7 @@ use anyhow::{bail, Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::stream::lock;
+use crate::peer::stream::lock;
 
 /// What a running controller does. Times are in milliseconds.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]

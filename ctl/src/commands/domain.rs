@@ -13,9 +13,9 @@ use serde_json::{json, Value};
 
 use crate::args::{CowPolicy, Limits};
 use crate::config::{check_fits, check_name};
-use crate::kernel::{Domain, Done, Kernel};
-use crate::link::{Links, Port};
-use crate::netlink::{refusal, Remus};
+use crate::host::kernel::{Domain, Done, Kernel};
+use crate::host::link::{Links, Port};
+use crate::host::netlink::{refusal, Remus};
 use crate::say;
 
 /// Writes to standard output. A reader that has gone is no error.

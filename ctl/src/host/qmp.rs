@@ -16,7 +16,7 @@ use rustix::fs::{memfd_create, MemfdFlags};
 use rustix::net::{sendmsg, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde_json::{json, Value};
 
-use crate::kernel::{Guest, Successor};
+use crate::host::kernel::{Guest, Successor};
 
 /// How long QEMU may take for a command, and for its greeting.
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -15,8 +15,8 @@ use remus_core::uapi::{self, attr, cmd};
 use rustix::io::Errno;
 
 use crate::args::{CowPolicy, Limits};
-use crate::kernel::{Domain, Done, Kernel};
-use crate::nlsock::{attributes, NlSock, Refusal, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST};
+use crate::host::kernel::{Domain, Done, Kernel};
+use crate::host::nlsock::{attributes, NlSock, Refusal, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST};
 
 /// The controller's family (`GENL_ID_CTRL`), which finds families by name.
 const CTRL: u16 = 0x10;

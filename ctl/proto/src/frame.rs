@@ -60,7 +60,9 @@
 //! - After `Bye` the standby does not take over. A stream that ends without it is a failure.
 //! - Breaking changes bump [`VERSION`].
 
-use super::uapi::ram::{PAGE_SIZE, RECORD_SIZE};
+pub use crc32c::crc32c;
+use remus_core::uapi::ram::{PAGE_SIZE, RECORD_SIZE};
+use remus_core::uapi::NAME_MAX;
 
 /// First bytes of every frame.
 pub const MAGIC: [u8; 4] = *b"RMUS";
@@ -262,7 +264,7 @@ impl Header {
 }
 
 /// Most bytes in a [`Hello`].
-pub const HELLO_MAX: usize = 20 + super::uapi::NAME_MAX;
+pub const HELLO_MAX: usize = 20 + NAME_MAX;
 
 /// Payload of [`Kind::Hello`]: what is to be protected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -283,7 +285,7 @@ impl<'a> Hello<'a> {
     /// Writes it to `out` and returns how many bytes that took. Fails with [`WireError::Length`]
     /// if the name is longer than a domain's can be.
     pub fn encode(&self, out: &mut [u8; HELLO_MAX]) -> Result<usize, WireError> {
-        if self.name.len() > super::uapi::NAME_MAX {
+        if self.name.len() > NAME_MAX {
             return Err(WireError::Length);
         }
         let mut to = Writer { bytes: out, at: 0 };
@@ -302,7 +304,7 @@ impl<'a> Hello<'a> {
         let page_size = u32::from_le_bytes(from.take()?);
         let interval_ms = u32::from_le_bytes(from.take()?);
         let timeout_ms = u32::from_le_bytes(from.take()?);
-        if from.bytes.is_empty() || from.bytes.len() > super::uapi::NAME_MAX {
+        if from.bytes.is_empty() || from.bytes.len() > NAME_MAX {
             return Err(WireError::Length);
         }
         let name = core::str::from_utf8(from.bytes).map_err(|_| WireError::Name)?;
@@ -445,68 +447,6 @@ pub fn record(page: u64, content: &[u8; PAGE_SIZE], out: &mut [u8; RECORD_SIZE])
     let mut to = Writer { bytes: out, at: 0 };
     to.put(&record_head(page));
     to.put(content);
-}
-
-/// CRC32C (Castagnoli) of `bytes`.
-pub fn crc32c(bytes: &[u8]) -> u32 {
-    let mut crc = !0u32;
-    let mut rest = bytes;
-    while let Some((chunk, after)) = rest.split_first_chunk::<8>() {
-        rest = after;
-        let word = u64::from_le_bytes(*chunk) ^ u64::from(crc);
-        crc = entry(7, word)
-            ^ entry(6, word >> 8)
-            ^ entry(5, word >> 16)
-            ^ entry(4, word >> 24)
-            ^ entry(3, word >> 32)
-            ^ entry(2, word >> 40)
-            ^ entry(1, word >> 48)
-            ^ entry(0, word >> 56);
-    }
-    for &byte in rest {
-        crc = entry(0, u64::from(crc ^ u32::from(byte))) ^ (crc >> 8);
-    }
-    !crc
-}
-
-/// What the low byte of `byte` contributes when `table` more bytes follow it in its word.
-#[inline(always)]
-fn entry(table: usize, byte: u64) -> u32 {
-    // The mask keeps the index below 256, and the compiler drops both checks.
-    TABLES[table & 7][(byte & 0xff) as usize]
-}
-
-/// Eight tables, so that eight bytes go through at once: the checksum is on the epoch's path.
-static TABLES: [[u32; 256]; 8] = tables();
-
-const fn tables() -> [[u32; 256]; 8] {
-    let mut tables = [[0; 256]; 8];
-    let mut i = 0;
-    while i < 256 {
-        let mut crc = i as u32;
-        let mut bit = 0;
-        while bit < 8 {
-            crc = if crc & 1 != 0 {
-                (crc >> 1) ^ 0x82f6_3b78
-            } else {
-                crc >> 1
-            };
-            bit += 1;
-        }
-        tables[0][i] = crc;
-        i += 1;
-    }
-    let mut t = 1;
-    while t < 8 {
-        let mut i = 0;
-        while i < 256 {
-            let below = tables[t - 1][i];
-            tables[t][i] = (below >> 8) ^ tables[0][(below & 0xff) as usize];
-            i += 1;
-        }
-        t += 1;
-    }
-    tables
 }
 
 /// Puts bytes one after another. What does not fit is left out; the sizes above leave no such case.

@@ -24,16 +24,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Error, Result};
 use remus_core::uapi::ram::{self, PAGE_SIZE, RECORD_SIZE};
-use remus_core::wire::{
+use remus_proto::frame::{
     EpochBegin, EpochEnd, Hello, Kind, Stamp, Welcome, HEADER_SIZE, HELLO_MAX, PAYLOAD_MAX,
     RECORDS_MAX,
 };
 use serde_json::json;
 
-use crate::kernel::{Guest, Kernel, Pages};
-use crate::live::{Live, Shared};
-use crate::stream::{lock, Broken, Heartbeat, Receiver, Sender, Unsent};
-use crate::trace::{ms, Trace};
+use crate::host::kernel::{Guest, Kernel, Pages};
+use crate::peer::stream::{lock, Broken, Heartbeat, Receiver, Sender, Unsent};
+use crate::report::live::{Live, Shared};
+use crate::report::trace::{ms, Trace};
 
 /// How long the standby may take to answer the first frame: it may still be starting its machine.
 const WELCOME: Duration = Duration::from_secs(15);

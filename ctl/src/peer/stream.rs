@@ -10,7 +10,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use remus_core::wire::{Header, Kind, Stamp, WireError, HEADER_SIZE};
+use remus_proto::frame::{Header, Kind, Stamp, WireError, HEADER_SIZE};
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::net::sockopt::set_socket_linger;
 

@@ -7,7 +7,7 @@
 use proptest::prelude::*;
 use remus_core::uapi::ram::{PAGE_SIZE, RECORD_SIZE};
 use remus_core::uapi::NAME_MAX;
-use remus_core::wire::*;
+use remus_proto::frame::*;
 
 fn kind() -> impl Strategy<Value = Kind> {
     (1u16..11).prop_map(|n| Kind::from_u16(n).unwrap())

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use remus_core::uapi::ram::{self, PAGE_SIZE};
 use rustix::ioctl::{ioctl, Updater};
 
-use crate::kernel::Pages;
+use crate::host::kernel::Pages;
 
 /// Path of a domain's memory, from its `device` attribute.
 pub fn path(device: &str) -> PathBuf {

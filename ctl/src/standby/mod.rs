@@ -3,6 +3,9 @@
 //! `remusctl standby`: the domain, its memory and a waiting virtual machine on this host; a primary
 //! at a time; take-over.
 
+pub mod serve;
+pub mod takeover;
+
 use std::fs;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -17,19 +20,21 @@ use rustix::io::Errno;
 use serde_json::json;
 
 use crate::args::Standby;
+use crate::commands::domain;
 use crate::config::{check_fits, check_name, Config, Places, Vmm as VmmConfig};
-use crate::kernel::Image;
-use crate::live::{Live, Shared, Station};
-use crate::netlink::{refusal, Remus};
+use crate::host::kernel::Image;
+use crate::host::netlink::{refusal, Remus};
+use crate::host::qmp::Qmp;
+use crate::host::ram::{self, Ram};
+use crate::host::vmm::Vmm;
+use crate::peer::address;
+use crate::peer::stream::lock;
 use crate::primary::TIMEOUT_MS;
-use crate::qmp::Qmp;
-use crate::ram::{self, Ram};
-use crate::standby::{serve, End, Held, Offer};
-use crate::stream::lock;
-use crate::takeover::take_over;
-use crate::trace::{ms, Trace};
-use crate::vmm::Vmm;
-use crate::{address, domain, say, signals};
+use crate::report::live::{Live, Shared, Station};
+use crate::report::trace::{ms, Trace};
+use crate::standby::serve::{serve, End, Held, Offer};
+use crate::standby::takeover::take_over;
+use crate::{say, signals};
 
 /// What a standby of one domain is made of.
 struct Setup<'a> {

@@ -3,6 +3,8 @@
 //! `remusctl protect`: gathers what the primary's loop needs, without touching the guest before all
 //! of it is there.
 
+pub mod protect;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,16 +13,18 @@ use anyhow::{bail, Context, Result};
 use serde_json::json;
 
 use crate::args::Protect;
+use crate::commands::domain;
 use crate::config::Config;
-use crate::kernel::Kernel;
-use crate::live::{Live, Shared, Station};
-use crate::netlink::Remus;
-use crate::protect::{introduce, run, End, Parts, Plan};
-use crate::qmp::Qmp;
-use crate::ram::{self, Ram};
-use crate::stream::lock;
-use crate::trace::{ms, Trace};
-use crate::{address, domain, say, signals};
+use crate::host::kernel::Kernel;
+use crate::host::netlink::Remus;
+use crate::host::qmp::Qmp;
+use crate::host::ram::{self, Ram};
+use crate::peer::address;
+use crate::peer::stream::lock;
+use crate::primary::protect::{introduce, run, End, Parts, Plan};
+use crate::report::live::{Live, Shared, Station};
+use crate::report::trace::{ms, Trace};
+use crate::{say, signals};
 
 /// Time from epoch to epoch unless told otherwise, in milliseconds.
 const INTERVAL_MS: u64 = 100;

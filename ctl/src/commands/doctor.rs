@@ -11,8 +11,8 @@ use rustix::process::geteuid;
 use rustix::thread::{capabilities, CapabilitySet};
 use serde::Serialize;
 
-use crate::domain::{print, print_json};
-use crate::netlink::Remus;
+use crate::commands::domain::{print, print_json};
+use crate::host::netlink::Remus;
 
 /// How good something is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

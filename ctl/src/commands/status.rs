@@ -8,9 +8,9 @@ use std::path::Path;
 use anyhow::{bail, Result};
 use serde_json::{Map, Value};
 
-use crate::domain::{print, print_json};
-use crate::live;
-use crate::netlink::Remus;
+use crate::commands::domain::{print, print_json};
+use crate::host::netlink::Remus;
+use crate::report::live;
 
 /// Shows all domains, or one. As JSON: an object for each, with the attributes of `domain-get` and a
 /// member `controller`, or for one domain that object alone.

@@ -8,10 +8,10 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use serde_json::json;
 
-use crate::kernel::Successor;
+use crate::host::kernel::Successor;
+use crate::report::trace::{ms, Trace};
 use crate::say;
-use crate::standby::Held;
-use crate::trace::{ms, Trace};
+use crate::standby::serve::Held;
 
 /// How long the phases of a take-over took, in milliseconds.
 #[derive(Clone, Debug, Serialize)]

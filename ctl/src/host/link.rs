@@ -14,8 +14,8 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use remus_core::uapi::{tca, FAMILY};
 use rustix::io::Errno;
 
-use crate::netlink::refusal;
-use crate::nlsock::{attributes, NlSock, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST};
+use crate::host::netlink::refusal;
+use crate::host::nlsock::{attributes, NlSock, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST};
 
 const NLM_F_CREATE: u16 = 0x400;
 const NLM_F_EXCL: u16 = 0x200;

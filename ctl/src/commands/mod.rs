@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What is done at once, and ends.
+
+pub mod doctor;
+pub mod domain;
+pub mod status;

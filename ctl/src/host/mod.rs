@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What is on this host: the kernel's domains, the virtual machine, its memory.
+
+pub mod kernel;
+pub mod link;
+pub mod netlink;
+pub mod nlsock;
+pub mod qmp;
+pub mod ram;
+pub mod vmm;
