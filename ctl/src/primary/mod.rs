@@ -3,6 +3,7 @@
 //! `remusctl protect`: gathers what the primary's loop needs, without touching the guest before all
 //! of it is there.
 
+pub mod pace;
 pub mod protect;
 
 use std::path::Path;
