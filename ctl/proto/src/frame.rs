@@ -425,7 +425,7 @@ impl EpochEnd {
 /// The page records in `bytes`: number and content of each. Fails with [`WireError::Length`] unless
 /// there is a whole number of them.
 pub fn records(bytes: &[u8]) -> Result<impl Iterator<Item = (u64, &[u8; PAGE_SIZE])>, WireError> {
-    if bytes.len() % RECORD_SIZE != 0 {
+    if !bytes.len().is_multiple_of(RECORD_SIZE) {
         return Err(WireError::Length);
     }
     Ok(bytes.chunks_exact(RECORD_SIZE).filter_map(|record| {
