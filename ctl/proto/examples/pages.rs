@@ -238,7 +238,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for link in links {
         println!("\nlink: {link} ns a byte ({} Gbit/s)", 8.0 / link);
         println!(
-            "{:<24} {:<8} {:>8} {:>8} {:>8} {:>8}   zero unchanged delta lz4 raw, in %",
+            "{:<24} {:<8} {:>8} {:>8} {:>8} {:>8}   zero unchanged delta packed lz4 raw, in %",
             "content", "how", "bytes", "encode", "check", "apply"
         );
         for case in &CASES {
@@ -253,7 +253,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 let part = |count: u64| (count as f64 * 100.0 / pages).round();
                 let counts = &sum.counts;
                 println!(
-                    "{:<24} {:<8} {:>8.1} {:>8.0} {:>8.0} {:>8.0}   {} {} {} {} {}",
+                    "{:<24} {:<8} {:>8.1} {:>8.0} {:>8.0} {:>8.0}   {} {} {} {} {} {}",
                     case.name,
                     how,
                     counts.bytes as f64 / pages,
@@ -263,6 +263,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     part(counts.zero),
                     part(counts.unchanged),
                     part(counts.delta),
+                    part(counts.packed),
                     part(counts.lz4),
                     part(counts.raw),
                 );

@@ -23,16 +23,16 @@ pub type Page = [u8; PAGE_SIZE];
 
 /// Bytes that are compared at once: a bit for each in a word.
 const CHUNK: usize = 64;
-/// So many bytes that stay between two that do not are sent along: a run of its own has two bytes of
-/// head at least.
-const JOIN: usize = 2;
+/// Bytes that a run has before its content, at least.
+const HEAD: usize = 2;
 
 /// Which bytes of a page differ from its old content.
 #[derive(Clone, Debug)]
 pub struct Diff {
-    /// Bit `b` of word `w`: byte `64 w + b` differs.
+    /// Bit `b` of word `w`: byte `64 w + b` differs, or stays in a gap that is not worth a new run.
     words: [u64; PAGE_SIZE / CHUNK],
     bytes: usize,
+    runs: usize,
 }
 
 impl Diff {
@@ -40,62 +40,84 @@ impl Diff {
     pub fn new(old: &Page, new: &Page) -> Self {
         let mut words = [0; PAGE_SIZE / CHUNK];
         let mut bytes = 0;
+        let mut runs = 0;
+        let mut last = 0;
         let chunks = old.as_chunks().0.iter().zip(new.as_chunks().0);
         for (word, (old, new)) in words.iter_mut().zip(chunks) {
             if old != new {
-                *word = differing(old, new);
+                *word = join(differing(old, new));
                 bytes += word.count_ones() as usize;
+                runs += (*word & !(*word << 1 | last >> 63)).count_ones() as usize;
             }
+            last = *word;
         }
-        Self { words, bytes }
+        Self { words, bytes, runs }
     }
 
-    /// How many bytes differ.
-    pub fn bytes(&self) -> usize {
-        self.bytes
+    /// In how many pieces the pages differ; 0 if they do not.
+    pub fn runs(&self) -> usize {
+        self.runs
+    }
+
+    /// How long the delta is, in bytes, or a little longer if it has runs or gaps of 128 bytes or more.
+    pub fn size(&self) -> usize {
+        self.bytes + HEAD * self.runs
     }
 
     /// Appends the delta that makes `new` of the old content, unless it would take more than `most`
     /// bytes. Returns whether it did; if not, or if nothing differs, `out` is as it was.
     pub fn encode(&self, new: &Page, most: usize, out: &mut Vec<u8>) -> bool {
-        if self.bytes == 0 || self.bytes > most {
+        if self.runs == 0 || self.size() > most {
             return false;
         }
         let start = out.len();
         let mut kept = 0;
-        let mut from = self.next(0, true);
-        while from < PAGE_SIZE {
-            let mut end = self.next(from, false);
-            let mut next = self.next(end, true);
-            while next < PAGE_SIZE && next - end <= JOIN {
-                end = self.next(next, false);
-                next = self.next(end, true);
+        let mut open = None;
+        let mut last = 0;
+        for (at, word) in self.words.iter().enumerate() {
+            // Where a run begins, and where it ends, in turn.
+            let mut edges = word ^ (word << 1 | last >> 63);
+            last = *word;
+            while edges != 0 {
+                let edge = at * CHUNK + edges.trailing_zeros() as usize;
+                edges &= edges - 1;
+                if let Some(from) = open.take() {
+                    run(
+                        from - kept,
+                        new.get(from..).unwrap_or(&[]),
+                        edge - from,
+                        out,
+                    );
+                    kept = edge;
+                } else {
+                    open = Some(edge);
+                }
             }
-            varint::put((from - kept) as u64, out);
-            varint::put((end - from) as u64, out);
-            out.extend_from_slice(new.get(from..end).unwrap_or(&[]));
-            if out.len() - start > most {
-                out.truncate(start);
-                return false;
-            }
-            kept = end;
-            from = next;
         }
-        true
+        if let Some(from) = open {
+            let rest = new.get(from..).unwrap_or(&[]);
+            run(from - kept, rest, rest.len(), out);
+        }
+        let fits = out.len() - start <= most;
+        if !fits {
+            out.truncate(start);
+        }
+        fits
     }
+}
 
-    /// The first byte from `from` on that differs, or that does not; [`PAGE_SIZE`] if there is none.
-    fn next(&self, from: usize, differs: bool) -> usize {
-        let flip = if differs { 0 } else { u64::MAX };
-        let mut rest = u64::MAX << (from % CHUNK);
-        for (at, word) in self.words.iter().enumerate().skip(from / CHUNK) {
-            let bits = (word ^ flip) & rest;
-            if bits != 0 {
-                return at * CHUNK + bits.trailing_zeros() as usize;
-            }
-            rest = u64::MAX;
+/// Appends a run: `skip` bytes that stay, then the first `copy` of `new`.
+fn run(skip: usize, new: &[u8], copy: usize, out: &mut Vec<u8>) {
+    varint::put(skip as u64, out);
+    varint::put(copy as u64, out);
+    match new.first_chunk::<8>() {
+        // Eight bytes are written faster than fewer.
+        Some(eight) if copy <= 8 => {
+            let end = out.len() + copy;
+            out.extend_from_slice(eight);
+            out.truncate(end);
         }
-        PAGE_SIZE
+        _ => out.extend_from_slice(new.get(..copy).unwrap_or(new)),
     }
 }
 
@@ -113,6 +135,13 @@ fn differing(old: &[u8; CHUNK], new: &[u8; CHUNK]) -> u64 {
         bits |= (top >> 56) << (8 * at);
     }
     bits
+}
+
+/// Fills gaps of one and of two bytes: a run of its own would have as long a head.
+fn join(bits: u64) -> u64 {
+    let one = bits << 1 & bits >> 1;
+    let two = bits << 1 & bits >> 2;
+    bits | one | two | two << 1
 }
 
 /// Puts a delta on `page`, which has the old content. `None` if it is not a delta; the runs before

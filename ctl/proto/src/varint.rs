@@ -7,6 +7,7 @@
 const BYTES_MAX: u32 = 10;
 
 /// Appends `number`: one byte below 2^7, two below 2^14, and so on.
+#[inline]
 pub(crate) fn put(mut number: u64, out: &mut Vec<u8>) {
     while number >= 0x80 {
         out.push(number as u8 | 0x80);

@@ -3,7 +3,7 @@
 //! The primary's side: from page records to entries.
 
 use super::cache::Cache;
-use super::cost::{Attempt, Cost};
+use super::cost::{Cost, Size};
 use super::{Kind, BATCH_RECORDS, LENGTH_MAX, PAGES_MAX};
 use crate::delta::{Diff, Page};
 use crate::frame::records;
@@ -81,6 +81,8 @@ pub struct Counts {
     pub unchanged: u64,
     /// Pages sent as what changed in them.
     pub delta: u64,
+    /// Pages sent as what changed in them, compressed.
+    pub packed: u64,
     /// Compressed pages.
     pub lz4: u64,
     /// Pages sent as they are.
@@ -92,7 +94,7 @@ pub struct Counts {
 impl Counts {
     /// How many entries there are: every page but the unchanged ones.
     pub const fn entries(&self) -> u64 {
-        self.zero + self.delta + self.lz4 + self.raw
+        self.zero + self.delta + self.packed + self.lz4 + self.raw
     }
 }
 
@@ -101,6 +103,7 @@ impl AddAssign for Counts {
         self.zero += other.zero;
         self.unchanged += other.unchanged;
         self.delta += other.delta;
+        self.packed += other.packed;
         self.lz4 += other.lz4;
         self.raw += other.raw;
         self.bytes += other.bytes;
@@ -115,7 +118,8 @@ pub struct Encoder {
     cost: Cost,
     table: CompressTable,
     delta: Vec<u8>,
-    packed: Vec<u8>,
+    whole: Room,
+    part: Room,
 }
 
 impl Encoder {
@@ -129,12 +133,16 @@ impl Encoder {
             cost: Cost::new(),
             table: CompressTable::small(),
             delta: Vec::with_capacity(2 * PAGE_SIZE),
-            packed: vec![0; get_maximum_output_size(PAGE_SIZE)],
+            whole: Room::new(),
+            part: Room::new(),
         }
     }
 
     /// Sets what a byte costs on the link now, in nanoseconds, as measured by who sends. Until then it is
     /// taken to be one of 1 Gbit/s.
+    ///
+    /// Where several encoders work at once for one link, a byte costs each of them as many times more, as
+    /// the others' time is not lost while one of them works.
     pub fn set_link(&mut self, ns_per_byte: f64) {
         self.cost.set_link(ns_per_byte);
     }
@@ -206,66 +214,104 @@ impl Encoder {
             entry(gap, Kind::Zero, &[], out);
             return true;
         }
-        self.delta.clear();
+        let mut diff = None;
         if let Some(cache) = &mut self.cache {
             if let Some(old) = cache.get(page) {
-                let diff = Diff::new(old, content);
-                if diff.bytes() == 0 {
+                let between = Diff::new(old, content);
+                if between.runs() == 0 {
                     counts.unchanged += 1;
                     return false;
                 }
-                diff.encode(content, LENGTH_MAX, &mut self.delta);
                 *old = *content;
+                diff = Some(between);
             } else {
                 cache.insert(page, content);
             }
         }
-        let best = match self.delta.len() {
-            0 => PAGE_SIZE,
-            length => length + varint::size(length as u64),
-        };
-        if let Some(packed) = lz4(
-            &mut self.cost,
-            &mut self.table,
-            &mut self.packed,
-            content,
-            best,
-        ) {
-            counts.lz4 += 1;
-            entry(gap, Kind::Lz4, packed, out);
-        } else if !self.delta.is_empty() {
-            counts.delta += 1;
-            entry(gap, Kind::Delta, &self.delta, out);
-        } else {
-            counts.raw += 1;
-            entry(gap, Kind::Raw, content, out);
+        let (kind, shortest) = self.shortest(content, diff.as_ref());
+        match kind {
+            Kind::Lz4 => counts.lz4 += 1,
+            Kind::Packed => counts.packed += 1,
+            Kind::Delta => counts.delta += 1,
+            Kind::Raw | Kind::Zero => counts.raw += 1,
         }
+        entry(gap, kind, shortest, out);
         true
+    }
+
+    /// The shortest of what is worth trying for a page, of which `diff` says what changed.
+    fn shortest<'a>(&'a mut self, content: &'a Page, diff: Option<&Diff>) -> (Kind, &'a [u8]) {
+        let plan = self.cost.plan(diff.map(|diff| Size {
+            bytes: diff.size(),
+            runs: diff.runs(),
+        }));
+        let clock = Clock(plan.timed);
+        let mut best = (Kind::Raw, content.as_slice());
+        if plan.content {
+            let (length, ns) = clock.time(|| self.whole.pack(content, &mut self.table));
+            self.cost.content(length, ns);
+            best = shorter(best, Kind::Lz4, self.whole.get(length));
+        }
+        // Its size is known before it is made.
+        let Some(diff) = diff.filter(|diff| {
+            plan.delta || plan.packed || (plan.content && diff.size() < best.1.len())
+        }) else {
+            return best;
+        };
+        self.delta.clear();
+        let (made, ns) = clock.time(|| diff.encode(content, LENGTH_MAX, &mut self.delta));
+        self.cost.delta(diff.runs(), ns);
+        if !made {
+            return best;
+        }
+        if plan.packed {
+            let (length, ns) = clock.time(|| self.part.pack(&self.delta, &mut self.table));
+            self.cost.packed(self.delta.len(), length, ns);
+            best = shorter(best, Kind::Packed, self.part.get(length));
+        }
+        shorter(best, Kind::Delta, Some(&self.delta))
     }
 }
 
-/// Compresses a page that takes `best` bytes otherwise, if this is worth trying. `None` if it was not,
-/// or if it did not become shorter.
-fn lz4<'a>(
-    cost: &mut Cost,
-    table: &mut CompressTable,
-    packed: &'a mut [u8],
-    content: &Page,
-    best: usize,
-) -> Option<&'a [u8]> {
-    let attempt = cost.decide(best);
-    let since = match attempt {
-        Attempt::No => return None,
-        Attempt::Yes => None,
-        Attempt::Timed => Some(Instant::now()),
-    };
-    let length = compress_into_with_table(content, packed, table).unwrap_or(usize::MAX);
-    let ns = since.map(|since| since.elapsed().as_nanos().min(u128::from(u64::MAX)) as u64);
-    cost.learn(length, ns);
-    if length > LENGTH_MAX || length + varint::size(length as u64) >= best {
-        return None;
+/// Whichever is shorter of a page's content and another form of it, which has a length before it.
+fn shorter<'a>(best: (Kind, &'a [u8]), kind: Kind, other: Option<&'a [u8]>) -> (Kind, &'a [u8]) {
+    match other {
+        Some(other) if other.len() <= LENGTH_MAX && other.len() < best.1.len() => (kind, other),
+        _ => best,
     }
-    packed.get(..length)
+}
+
+/// Takes the time, or not.
+#[derive(Clone, Copy)]
+struct Clock(bool);
+
+impl Clock {
+    /// Does `work`, and says how many nanoseconds it took.
+    fn time<T>(self, work: impl FnOnce() -> T) -> (T, Option<u64>) {
+        let since = self.0.then(Instant::now);
+        let done = work();
+        let ns = since.map(|since| since.elapsed().as_nanos().min(u128::from(u64::MAX)) as u64);
+        (done, ns)
+    }
+}
+
+/// Room for what LZ4 makes of a page, or of a part of one.
+struct Room(Vec<u8>);
+
+impl Room {
+    fn new() -> Self {
+        Self(vec![0; get_maximum_output_size(PAGE_SIZE)])
+    }
+
+    /// Compresses `bytes`, at most a page of them. Returns how many bytes that made.
+    fn pack(&mut self, bytes: &[u8], table: &mut CompressTable) -> usize {
+        // There is room enough; if there were not, no length would be long enough to be chosen.
+        compress_into_with_table(bytes, &mut self.0, table).unwrap_or(usize::MAX)
+    }
+
+    fn get(&self, length: usize) -> Option<&[u8]> {
+        self.0.get(..length)
+    }
 }
 
 /// Appends an entry: see the module for its form.

@@ -9,7 +9,7 @@
 //!
 //! ```text
 //!  entry = head     varint: gap << 3 | kind
-//!          length   varint, kinds 1 and 2 only: bytes of content, 1 to 4093
+//!          length   varint, not for kinds 0 and 3: bytes of content, 1 to 4093
 //!          content
 //!
 //!  kind  content
@@ -17,6 +17,7 @@
 //!     1  what changed in the page, see `delta`
 //!     2  the page, as an LZ4 block
 //!     3  the page, 4096 bytes
+//!     4  what changed in the page, as an LZ4 block of at most 4093 bytes
 //! ```
 //!
 //! `gap` says how many pages lie between the last entry's page and this one, in the first entry how many
@@ -70,6 +71,7 @@ enum Kind {
     Delta = 1,
     Lz4 = 2,
     Raw = 3,
+    Packed = 4,
 }
 
 impl Kind {
@@ -83,12 +85,13 @@ impl Kind {
             1 => Self::Delta,
             2 => Self::Lz4,
             3 => Self::Raw,
+            4 => Self::Packed,
             _ => return None,
         })
     }
 
     const fn has_length(self) -> bool {
-        matches!(self, Self::Delta | Self::Lz4)
+        matches!(self, Self::Delta | Self::Lz4 | Self::Packed)
     }
 }
 
@@ -105,7 +108,7 @@ pub enum PageError {
     Length(u64),
     /// What changed in this page is more than it has.
     Delta(u64),
-    /// This page is not an LZ4 block of a page.
+    /// What this page has is no LZ4 block, or not one of a page.
     Lz4(u64),
 }
 
@@ -156,10 +159,11 @@ pub trait Image {
     fn write(&mut self, page: u64, content: &Page) -> Result<(), Self::Error>;
 }
 
-/// Room for a page while it is decoded.
+/// Room for a page and for what changed in it, while it is decoded.
 #[derive(Clone, Debug)]
 pub struct Scratch {
     page: Page,
+    runs: [u8; LENGTH_MAX],
 }
 
 impl Scratch {
@@ -167,6 +171,7 @@ impl Scratch {
     pub const fn new() -> Self {
         Self {
             page: [0; PAGE_SIZE],
+            runs: [0; LENGTH_MAX],
         }
     }
 }
@@ -210,7 +215,10 @@ pub fn apply<I: Image>(
     scratch: &mut Scratch,
     image: &mut I,
 ) -> Result<u64, ApplyError<I::Error>> {
-    let content = &mut scratch.page;
+    let Scratch {
+        page: content,
+        runs: unpacked,
+    } = scratch;
     let mut entries = Entries {
         rest: payload,
         next: 0,
@@ -223,6 +231,15 @@ pub fn apply<I: Image>(
             Content::Zero => image.write(page, &[0; PAGE_SIZE]),
             Content::Raw(raw) => image.write(page, raw),
             Content::Delta(runs) => {
+                image.read(page, content).map_err(ApplyError::Image)?;
+                delta::apply(runs, content).ok_or(ApplyError::Page(PageError::Delta(page)))?;
+                image.write(page, content)
+            }
+            Content::Packed(packed) => {
+                let runs = decompress_into(packed, unpacked)
+                    .ok()
+                    .and_then(|length| unpacked.get(..length))
+                    .ok_or(ApplyError::Page(PageError::Lz4(page)))?;
                 image.read(page, content).map_err(ApplyError::Image)?;
                 delta::apply(runs, content).ok_or(ApplyError::Page(PageError::Delta(page)))?;
                 image.write(page, content)
@@ -251,6 +268,7 @@ enum Content<'a> {
     Delta(&'a [u8]),
     Lz4(&'a [u8]),
     Raw(&'a Page),
+    Packed(&'a [u8]),
 }
 
 /// Takes a payload apart.
@@ -286,6 +304,7 @@ impl<'a> Entries<'a> {
             ),
             Kind::Delta => Content::Delta(self.sized(page)?),
             Kind::Lz4 => Content::Lz4(self.sized(page)?),
+            Kind::Packed => Content::Packed(self.sized(page)?),
         };
         Ok(Some(Entry { page, content }))
     }
