@@ -59,7 +59,7 @@ impl Diff {
         self.runs
     }
 
-    /// How long the delta is, in bytes, or a little longer if it has runs or gaps of 128 bytes or more.
+    /// Bytes that the delta takes, but for one more for each run and each gap of 128 bytes or more.
     pub fn size(&self) -> usize {
         self.bytes + HEAD * self.runs
     }

@@ -241,6 +241,8 @@ impl Encoder {
 
     /// The shortest of what is worth trying for a page, of which `diff` says what changed.
     fn shortest<'a>(&'a mut self, content: &'a Page, diff: Option<&Diff>) -> (Kind, &'a [u8]) {
+        // One that is too long is not to be chosen in place of LZ4.
+        let diff = diff.filter(|diff| diff.size() <= LENGTH_MAX);
         let plan = self.cost.plan(diff.map(|diff| Size {
             bytes: diff.size(),
             runs: diff.runs(),
