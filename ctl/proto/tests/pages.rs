@@ -277,6 +277,67 @@ fn what_is_unchanged_costs_nothing() {
     }
 }
 
+/// What was forgotten takes no room, nor another page's place.
+#[test]
+fn forgotten_pages_leave_the_cache() {
+    let mut random = Random::new(6);
+    let mut memory = Memory((0..16).map(|_| random.page()).collect());
+    let mut encoder = Encoder::new(options(16));
+    encode(&mut encoder, &memory.records(0..16));
+    encoder.forget();
+    encode(&mut encoder, &memory.records(8..16));
+    encode(&mut encoder, &memory.records(0..8));
+    memory.0.iter_mut().for_each(|page| page[1] ^= 1);
+    assert_eq!(encode(&mut encoder, &memory.records(0..16)).1.delta, 16);
+}
+
+/// Gaps of one and two bytes are sent, longer ones are not.
+#[test]
+fn a_gap_is_sent_where_a_run_would_take_more() {
+    for at in [0, 62, 63, 1000, PAGE_SIZE - 6] {
+        for (gap, within, across) in [(1, 5, 6), (2, 6, 6), (3, 6, 6), (4, 6, 6)] {
+            let old = [0; PAGE_SIZE];
+            let mut new = old;
+            new[at] = 1;
+            new[at + gap + 1] = 1;
+            let mut out = Vec::new();
+            assert!(Diff::new(&old, &new).encode(&new, PAGE_SIZE, &mut out));
+            // Two bytes for a skip of 128 or more.
+            let far = usize::from(at >= 128);
+            let want = if at / 64 == (at + gap + 1) / 64 {
+                within
+            } else {
+                across
+            };
+            assert_eq!(out.len(), want + far, "{gap} at {at}: {out:?}");
+        }
+    }
+}
+
+/// LZ4 that saves a byte or two less than its length takes is not used.
+#[test]
+fn lengths_about_the_longest() {
+    let mut random = Random::new(7);
+    let mut lengths = BTreeSet::new();
+    for repeated in 8..80 {
+        let mut page = random.page();
+        let (first, second) = page.split_at_mut(PAGE_SIZE / 2);
+        second[..repeated].copy_from_slice(&first[..repeated]);
+        let length = lz4_flex::block::compress(&page).len();
+        lengths.insert(length);
+        let mut encoder = Encoder::new(options(0));
+        encoder.set_link(SLOW);
+        let (payload, counts) = encode(&mut encoder, &records([(0, &page)]));
+        assert_eq!(counts.lz4, u64::from(length < PAGE_SIZE - 2), "{length}");
+        let mut image = Memory::new(1, 0);
+        assert_eq!(apply(&payload, 1, &mut Scratch::new(), &mut image), Ok(1));
+        assert!(image.0[0] == page);
+    }
+    for length in PAGE_SIZE - 4..=PAGE_SIZE {
+        assert!(lengths.contains(&length), "{length}");
+    }
+}
+
 /// Every page belongs to one share, and 64 neighbours to the same.
 #[test]
 fn shares() {
