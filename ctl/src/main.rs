@@ -14,7 +14,6 @@
 //! | [`host`] | what is on this host: kernel, virtual machine, memory |
 //! | [`report`] | what a running controller says of itself |
 
-
 mod args;
 mod commands;
 mod config;
