@@ -3,6 +3,14 @@
 //! The way to the other host.
 
 pub mod address;
-#[cfg_attr(not(test), expect(dead_code, reason = "used once protect and standby take channels"))]
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "protect and standby do not take channels yet")
+)]
+pub mod channel;
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "protect and standby do not take channels yet")
+)]
 pub mod identity;
 pub mod stream;
