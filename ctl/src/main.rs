@@ -14,6 +14,7 @@
 //! | [`host`] | what is on this host: kernel, virtual machine, memory |
 //! | [`report`] | what a running controller says of itself |
 
+
 mod args;
 mod commands;
 mod config;

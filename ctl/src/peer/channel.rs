@@ -670,6 +670,14 @@ impl Handle {
         !matches!(poll(&mut fds, Some(&now)), Ok(0))
     }
 
+    /// The channel again, where nothing of it was split off and kept.
+    #[cfg(test)]
+    pub fn into_channel(self) -> Channel {
+        Channel {
+            shared: self.shared,
+        }
+    }
+
     /// How long a read may wait.
     pub fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         self.shared.stream.set_read_timeout(timeout)

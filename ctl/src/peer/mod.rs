@@ -10,6 +10,11 @@ pub mod address;
 pub mod channel;
 #[cfg_attr(
     not(test),
+    expect(dead_code, reason = "standby does not listen through it yet")
+)]
+pub mod door;
+#[cfg_attr(
+    not(test),
     expect(dead_code, reason = "protect and standby do not take channels yet")
 )]
 pub mod identity;
