@@ -4,4 +4,9 @@
 
 pub mod doctor;
 pub mod domain;
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "the command line does not mention it yet")
+)]
+pub mod keys;
 pub mod status;

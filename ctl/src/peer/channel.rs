@@ -820,7 +820,7 @@ mod tests {
         let byte = |i: usize, salt: u8| (i as u8).wrapping_mul(31) ^ (i >> 8) as u8 ^ salt;
         let (size, count) = ((1 << 20) + 77, 16);
         thread::scope(|s| {
-            let mut go = |channel: Channel, out: u8, into: u8| {
+            let go = |channel: Channel, out: u8, into: u8| {
                 let (mut reader, mut writer, handle) = channel.split();
                 s.spawn(move || {
                     for i in 0..count {

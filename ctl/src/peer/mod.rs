@@ -13,9 +13,5 @@ pub mod channel;
     expect(dead_code, reason = "standby does not listen through it yet")
 )]
 pub mod door;
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "protect and standby do not take channels yet")
-)]
 pub mod identity;
 pub mod stream;
