@@ -409,8 +409,10 @@ impl<T> Inside<T> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read, Write};
+    use std::io::{BufRead, BufReader, Read, Write};
     use std::sync::atomic::{AtomicBool, Ordering};
+
+    use rustix::process::{setrlimit, Resource, Rlimit};
 
     use super::*;
     use crate::peer::identity::{Identity, Pair};
@@ -691,6 +693,76 @@ mod tests {
         }
         assert!(gone());
         drop(silent);
+    }
+
+    /// What [`few_descriptors`] runs in a process of its own, as the limit is a whole process's.
+    #[test]
+    #[ignore = "a part of few_descriptors"]
+    fn behind_few_descriptors() {
+        let Ok(keys) = std::env::var("REMUS_TEST_KEYS") else {
+            return;
+        };
+        let way = Way::Tls(Arc::new(Identity::parse(keys.as_bytes()).unwrap()));
+        let limits = Limits {
+            patience: 2 * SECOND,
+            ..Limits::default()
+        };
+        let (door, address) = door(way, limits);
+        setrlimit(
+            Resource::Nofile,
+            Rlimit {
+                current: Some(30),
+                maximum: Some(30),
+            },
+        )
+        .unwrap();
+        println!("\nlistens {address}");
+        assert!(door.next(20 * SECOND).is_some());
+        let short = std::fs::read_to_string("/proc/self/stat").unwrap();
+        let ticks: u64 = short
+            .split(' ')
+            .skip(13)
+            .take(2)
+            .map(|t| t.parse::<u64>().unwrap())
+            .sum();
+        println!("\ncame {} {ticks}", door.refused());
+    }
+
+    /// Strangers that use all descriptors up neither end the door nor make it spin.
+    #[test]
+    fn few_descriptors() {
+        let pair = Pair::make("alpha", "beta").unwrap();
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "peer::door::tests::behind_few_descriptors"])
+            .args(["--ignored", "--nocapture"])
+            .env("REMUS_TEST_KEYS", &pair.halves[1].1)
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut said = |what: &str| {
+            let line = lines.find_map(|l| l.unwrap().strip_prefix(what).map(str::to_owned));
+            line.unwrap()
+        };
+        let address: SocketAddr = said("listens ").parse().unwrap();
+        let mut strangers: Vec<_> = (0..60).filter_map(|_| raw(address)).collect();
+        thread::sleep(2 * SECOND);
+        strangers.extend((0..60).filter_map(|_| raw(address)));
+        let start = Instant::now();
+        let way = way(&pair, 0);
+        let mine = loop {
+            match come(address, &way) {
+                Ok(channel) => break channel,
+                Err(e) => assert!(start.elapsed() < 8 * SECOND, "{e:#}"),
+            }
+        };
+        let came = said("came ");
+        let (refused, ticks) = came.split_once(' ').unwrap();
+        assert!(refused.parse::<u64>().unwrap() > 10, "{came}");
+        // Hundredths of a second of processor time, in some seconds.
+        assert!(ticks.parse::<u64>().unwrap() < 150, "{came}");
+        assert!(child.wait().unwrap().success());
+        drop((mine, strangers));
     }
 
     #[test]
