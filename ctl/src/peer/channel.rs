@@ -164,6 +164,17 @@ impl Channel {
     /// Makes a channel of a connection that the other side opened, within `patience` in all. The
     /// other side has to speak first.
     pub fn accept(stream: TcpStream, way: &Way, patience: Duration) -> Result<Self> {
+        Self::accept_known(stream, way, patience, || {})
+    }
+
+    /// The same, and calls `known` as soon as the other side has proved who it is, before it learns
+    /// so. With plain it never does.
+    pub fn accept_known(
+        stream: TcpStream,
+        way: &Way,
+        patience: Duration,
+        known: impl FnOnce(),
+    ) -> Result<Self> {
         let Way::Tls(identity) = way else {
             let deadline = Deadline(Instant::now() + patience);
             let mut first = [0];
@@ -191,7 +202,10 @@ impl Channel {
         };
         identity.check()?;
         let conn = ServerConnection::new(identity.server())?;
-        let greet = |shake: &mut Shake<'_>| shake.write_byte(WELCOME);
+        let greet = |shake: &mut Shake<'_>| {
+            known();
+            shake.write_byte(WELCOME)
+        };
         Self::secure(stream, conn.into(), identity, patience, greet)
     }
 

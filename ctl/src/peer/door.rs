@@ -82,7 +82,7 @@ struct Guest {
     id: u64,
     address: SocketAddr,
     since: Instant,
-    /// Its handshake is done.
+    /// It has proved that it is the other host.
     known: bool,
     stream: TcpStream,
 }
@@ -291,10 +291,9 @@ where
         let attend = move || {
             let ending = Ending(&inside, id);
             let patience = inside.limits.patience;
-            let result = Channel::accept(stream, &way, patience).and_then(|channel| {
-                inside.is_known(id);
-                introduction(channel)
-            });
+            let known = || inside.is_known(id);
+            let result = Channel::accept_known(stream, &way, patience, known)
+                .and_then(|channel| introduction(channel));
             inside.finish(id, address, since, result);
             drop(ending);
         };
