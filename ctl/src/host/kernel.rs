@@ -64,6 +64,47 @@ pub struct Domain {
     pub orphaned: bool,
 }
 
+/// Which packets of a port are held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Direction {
+    /// What the guest behind the device sends.
+    Guest,
+    /// What the host sends out of the device.
+    Egress,
+}
+
+/// State of a port, as `port-get` describes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Port {
+    /// Its domain.
+    pub domain: String,
+    /// Its network interface.
+    pub port: String,
+    /// Which packets are held.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub direction: Option<Direction>,
+    /// Nothing is held until the next seal.
+    pub passthrough: bool,
+    /// Packets held.
+    pub packets: u64,
+    /// Bytes of these.
+    pub bytes: u64,
+    /// Memory that they take, in bytes.
+    pub held_memory: u64,
+    /// Most packets held at once.
+    pub limit_packets: u64,
+    /// Most memory that they may take, in bytes.
+    pub limit_bytes: u64,
+    /// Packets dropped.
+    pub dropped: u64,
+    /// How long the first packet of the epoch committed last was held, in nanoseconds.
+    pub hold_last_ns: u64,
+    /// The longest such time.
+    pub hold_max_ns: u64,
+}
+
 /// What a seal, commit or abort did.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]

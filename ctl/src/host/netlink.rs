@@ -15,7 +15,7 @@ use remus_core::uapi::{self, attr, cmd};
 use rustix::io::Errno;
 
 use crate::args::{CowPolicy, Limits};
-use crate::host::kernel::{Domain, Done, Kernel};
+use crate::host::kernel::{Direction, Domain, Done, Kernel, Port};
 use crate::host::nlsock::{attributes, NlSock, Refusal, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST};
 
 /// The controller's family (`GENL_ID_CTRL`), which finds families by name.
@@ -130,6 +130,18 @@ impl Remus {
         let answers = self
             .call(cmd::DOMAIN_GET, NLM_F_DUMP, &[])
             .context("cannot list domains")?;
+        answers.iter().map(|m| Ok(decode(m)?.into())).collect()
+    }
+
+    /// Describes the ports of one domain, or of all.
+    pub fn ports(&mut self, domain: Option<&str>) -> Result<Vec<Port>> {
+        let attrs: Vec<_> = domain
+            .map(|d| (attr::DOMAIN, Value::Text(d)))
+            .into_iter()
+            .collect();
+        let answers = self
+            .call(cmd::PORT_GET, NLM_F_DUMP, &attrs)
+            .context("cannot list ports")?;
         answers.iter().map(|m| Ok(decode(m)?.into())).collect()
     }
 
@@ -258,6 +270,7 @@ fn encode(family: u16, cmd: u8, flags: u16, attrs: &[(u16, Value<'_>)]) -> Resul
 struct Reply {
     domain: String,
     device: Option<String>,
+    port: String,
     memory: Option<u64>,
     /// By the attributes' numbers.
     numbers: Vec<u64>,
@@ -278,6 +291,7 @@ fn decode(message: &[u8]) -> Result<Reply> {
         let payload = attribute.nla_payload().as_ref();
         match kind {
             attr::DOMAIN => reply.domain = text(payload),
+            attr::PORT => reply.port = text(payload),
             attr::DEVICE => reply.device = Some(text(payload)),
             attr::MEMORY => reply.memory = Some(uint(payload)?),
             _ => {
@@ -327,6 +341,29 @@ impl From<Reply> for Domain {
             domain: r.domain,
             memory: r.memory,
             device: r.device,
+        }
+    }
+}
+
+impl From<Reply> for Port {
+    fn from(r: Reply) -> Self {
+        Self {
+            direction: match u8::try_from(r.number(attr::DIRECTION)) {
+                Ok(uapi::direction::GUEST) => Some(Direction::Guest),
+                Ok(uapi::direction::EGRESS) => Some(Direction::Egress),
+                _ => None,
+            },
+            passthrough: r.number(attr::PASSTHROUGH) != 0,
+            packets: r.number(attr::PACKETS),
+            bytes: r.number(attr::BYTES),
+            held_memory: r.number(attr::HELD_MEMORY),
+            limit_packets: r.number(attr::LIMIT_PACKETS),
+            limit_bytes: r.number(attr::LIMIT_BYTES),
+            dropped: r.number(attr::DROPPED),
+            hold_last_ns: r.number(attr::HOLD_LAST_NS),
+            hold_max_ns: r.number(attr::HOLD_MAX_NS),
+            domain: r.domain,
+            port: r.port,
         }
     }
 }
@@ -384,6 +421,24 @@ mod tests {
         want.extend([8, 0, 1, 0, b'w', b'e', b'b', 0]);
         want.extend([12, 0, 4, 0, 0, 0, 0, 0, 0, 1, 0, 0]);
         assert_eq!(bytes, want);
+    }
+
+    #[test]
+    fn port() {
+        let attrs = [
+            (attr::DOMAIN, Value::Text("web")),
+            (attr::PORT, Value::Text("tap0")),
+            (attr::DIRECTION, Value::Uint(1)),
+            (attr::PASSTHROUGH, Value::Flag),
+            (attr::PACKETS, Value::Uint(7)),
+            (attr::HOLD_MAX_NS, Value::Uint(1 << 33)),
+        ];
+        let bytes = encode(0x21, 8, 0, &attrs).unwrap();
+        let port: Port = decode(&bytes).unwrap().into();
+        assert_eq!((port.domain.as_str(), port.port.as_str()), ("web", "tap0"));
+        assert_eq!(port.direction, Some(Direction::Guest));
+        assert!(port.passthrough);
+        assert_eq!((port.packets, port.hold_max_ns), (7, 1 << 33));
     }
 
     #[test]
