@@ -21,6 +21,15 @@ pub fn stop_flag() -> Result<Arc<AtomicBool>> {
     Ok(stop)
 }
 
+/// The same, but no signal ends the process: for whoever has something to put back first.
+pub fn gentle_stop_flag() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        flag::register(signal, Arc::clone(&stop)).context("cannot handle signals")?;
+    }
+    Ok(stop)
+}
+
 /// Asks for more processor time than the guests get, so that a busy host is not taken for a dead one.
 /// Call it before threads are started. Does without if it may not.
 pub fn raise_priority() {

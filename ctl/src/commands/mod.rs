@@ -4,4 +4,7 @@
 
 pub mod doctor;
 pub mod domain;
+pub mod orders;
+pub mod papers;
 pub mod status;
+pub mod top;

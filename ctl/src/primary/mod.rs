@@ -7,7 +7,9 @@ pub mod pace;
 pub mod protect;
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{mpsc, Arc};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
@@ -15,22 +17,20 @@ use serde_json::json;
 
 use crate::args::Protect;
 use crate::commands::domain;
-use crate::config::Config;
+use crate::config::{Config, ProtectSettings};
 use crate::host::kernel::Kernel;
 use crate::host::netlink::Remus;
 use crate::host::qmp::Qmp;
 use crate::host::ram::{self, Ram};
 use crate::peer::address;
 use crate::peer::stream::lock;
+use crate::primary::pace::Pace;
 use crate::primary::protect::{introduce, run, End, Parts, Plan};
-use crate::report::live::{Live, Shared, Station};
-use crate::report::trace::{ms, Trace};
+use crate::report::live::{Ask, Live, Order, Station};
+use crate::report::trace::ms;
+use crate::report::{metrics, say, service, Report};
 use crate::{say, signals};
 
-/// Time from epoch to epoch unless told otherwise, in milliseconds.
-const INTERVAL_MS: u64 = 100;
-/// Silence after which the other host counts as dead unless told otherwise, in milliseconds.
-pub const TIMEOUT_MS: u64 = 1000;
 /// How long to try to reach the standby.
 const REACH: Duration = Duration::from_secs(5);
 /// The first life of a domain. Fail-back, which has to remember a later one, is not there yet.
@@ -39,20 +39,18 @@ const GENERATION: u64 = 1;
 /// Protects until something ends that. Returns the exit code.
 pub fn protect(args: &Protect, run_dir: &Path) -> Result<u8> {
     let config = args.config.as_deref().map(Config::read).transpose()?;
-    if let Some(config) = config.as_ref().filter(|c| c.name != args.name) {
-        bail!(
-            "the configuration is for domain {}, not for {}",
-            config.name,
-            args.name
-        );
+    let settings = ProtectSettings::of(args, config.as_ref())?;
+    // The loop does not know the others yet.
+    let (Pace::Fixed(interval)
+    | Pace::OnOutput { floor: interval }
+    | Pace::Latency { target: interval }) = settings.pace;
+    if settings.keys.is_some() {
+        bail!("this version cannot use keys yet: give -F and no --keys");
     }
-    let millis = |arg: Option<u64>, file: Option<u64>, default| {
-        Duration::from_millis(arg.or(file).unwrap_or(default))
-    };
-    let from_file = |get: fn(&Config) -> Option<u64>| config.as_ref().and_then(get);
-    let interval = millis(args.interval, from_file(|c| c.interval_ms), INTERVAL_MS);
-    let timeout = millis(args.timeout, from_file(|c| c.timeout_ms), TIMEOUT_MS);
-    let trace = Trace::open(args.trace.as_deref())?;
+    let timeout = settings.timeout;
+    let trace = Report::open(settings.trace.as_deref())?;
+    let live = trace.live();
+    say::about(&settings.domain, live);
 
     let mut sealer = Remus::connect()?;
     let mut committer = Remus::connect()?;
@@ -64,7 +62,7 @@ pub fn protect(args: &Protect, run_dir: &Path) -> Result<u8> {
         );
     };
     let device = ram::path(&device);
-    let mut qmp = Qmp::connect(&args.qmp)?;
+    let mut qmp = Qmp::connect(&settings.qmp)?;
     let version = qmp.version()?;
     qmp.check_memory(&device, memory)?;
     let status = qmp.status()?;
@@ -77,31 +75,41 @@ pub fn protect(args: &Protect, run_dir: &Path) -> Result<u8> {
         _ => bail!("the guest is {status}: only a running one can be protected"),
     }
     let pages = Ram::open(&device)?;
-    let live = Shared::default();
-    *lock(&live) = Live {
+    *lock(live) = Live {
         role: "primary".into(),
         state: "starting".into(),
         pid: std::process::id(),
-        peer: Some(args.to.clone()),
+        peer: Some(settings.to.clone()),
+        pace: Some(settings.pace.to_string()),
         interval_ms: Some(ms(interval)),
+        secured: Some("plain".into()),
         timeout_ms: Some(ms(timeout)),
         ..Live::default()
     };
-    let _station = Station::open(run_dir, &args.name, Arc::clone(&live))?;
+    let (orders, asked) = mpsc::channel();
+    let _station = Station::open(run_dir, &args.name, &trace, orders)?;
+    if let Some(address) = settings.metrics {
+        metrics::serve(address, &args.name, &trace)?;
+    }
+    trace.start_watchdog()?;
     signals::raise_priority();
-    let stream = address::connect(&args.to, REACH)?;
+    let stream = address::connect(&settings.to, REACH)?;
     let plan = Plan {
         domain: args.name.clone(),
         memory,
         generation: GENERATION,
         interval,
         timeout,
-        depth: usize::try_from(args.depth)?,
+        depth: settings.depth,
     };
     let link = introduce(&plan, &stream)?;
     // The link has it; when that is gone it is closed.
     drop(stream);
     let stop = signals::stop_flag()?;
+    thread::Builder::new().name("orders".into()).spawn({
+        let stop = Arc::clone(&stop);
+        move || obey(&asked, &stop)
+    })?;
     // For as long as this process drives it.
     sealer.own(&args.name)?;
     if domain::abort_all(&mut committer, &args.name)
@@ -110,11 +118,11 @@ pub fn protect(args: &Protect, run_dir: &Path) -> Result<u8> {
         say!("took back the epochs that an earlier run had left sealed");
     }
     say!(
-        "protecting {} ({} MiB, QEMU {version}) by {}: an epoch every {} ms",
+        "protecting {} ({} MiB, QEMU {version}) by {}: an epoch {}",
         args.name,
         memory >> 20,
-        args.to,
-        interval.as_millis()
+        settings.to,
+        settings.pace
     );
     trace.event(
         "protect-start",
@@ -123,35 +131,51 @@ pub fn protect(args: &Protect, run_dir: &Path) -> Result<u8> {
             "memory": memory,
             "interval_ms": ms(interval),
             "timeout_ms": ms(timeout),
-            "depth": args.depth,
-            "peer": args.to,
+            "depth": settings.depth,
+            "delta_cache": settings.delta_cache(memory),
+            "peer": settings.to,
             "qemu": version,
         }),
     );
-    lock(&live).state = "replicating".into();
+    lock(live).state = "replicating".into();
     let parts = Parts {
         guest: Box::new(qmp),
         sealer: Box::new(sealer),
         committer: Box::new(committer),
         pages: Box::new(pages),
-        trace: trace.clone(),
-        live: Arc::clone(&live),
+        report: trace.clone(),
         stop,
     };
     let end = run(&plan, parts, link);
-    Ok(report(&plan, &end, &trace, &live))
+    Ok(report(&plan, &end, &trace))
+}
+
+/// Does what can be done of what is asked for, until nobody can ask any more.
+fn obey(asked: &mpsc::Receiver<Order>, stop: &AtomicBool) {
+    for order in asked {
+        let answer = match order.ask {
+            Ask::Unprotect => {
+                stop.store(true, Ordering::Relaxed);
+                Ok("protection ends; what the guest sends stays held".to_owned())
+            }
+            Ask::Pace(_) | Ask::Failover => Err("this controller cannot do that yet".to_owned()),
+        };
+        // Whoever asked may have gone.
+        let _ = order.reply.send(answer);
+    }
 }
 
 /// Says how it ended, and returns the exit code.
-fn report(plan: &Plan, end: &End, trace: &Trace, live: &Shared) -> u8 {
+fn report(plan: &Plan, end: &End, trace: &Report) -> u8 {
     let name = &plan.domain;
+    service::stopping("protection has ended");
     let (event, code) = match end {
         End::Asked => ("protect-end", 0),
         End::GuestEnded(_) => ("guest-ended", 0),
         End::PeerLost(_) => ("peer-lost", 3),
         End::Failed(_) => ("protect-failed", 3),
     };
-    let epoch = lock(live).epoch;
+    let epoch = lock(trace.live()).epoch;
     trace.event(event, json!({"reason": end.to_string(), "epoch": epoch}));
     match end {
         End::Asked => say!(

@@ -28,12 +28,11 @@ use remus_proto::frame::{
     EpochBegin, EpochEnd, Hello, Kind, Stamp, Welcome, HEADER_SIZE, HELLO_MAX, PAYLOAD_MAX,
     RECORDS_MAX,
 };
-use serde_json::json;
 
 use crate::host::kernel::{Guest, Kernel, Pages};
 use crate::peer::stream::{lock, Broken, Heartbeat, Receiver, Sender, Unsent};
-use crate::report::live::{Live, Shared};
-use crate::report::trace::{ms, Trace};
+use crate::report::trace::ms;
+use crate::report::{Epoch, Report};
 
 /// How long the standby may take to answer the first frame: it may still be starting its machine.
 const WELCOME: Duration = Duration::from_secs(15);
@@ -67,10 +66,8 @@ pub struct Parts {
     pub committer: Box<dyn Kernel>,
     /// Reads pages, in a third one.
     pub pages: Box<dyn Pages>,
-    /// Where events are written to.
-    pub trace: Trace,
     /// What is said of it elsewhere.
-    pub live: Shared,
+    pub report: Report,
     /// Set from outside to end it in good order; checked every few milliseconds.
     pub stop: Arc<AtomicBool>,
 }
@@ -266,8 +263,7 @@ pub fn run(plan: &Plan, parts: Parts, link: Link) -> End {
         mut sealer,
         mut committer,
         mut pages,
-        trace,
-        live,
+        report,
         stop,
     } = parts;
     let heartbeat = match Heartbeat::start(sender.clone(), plan.timeout, move || lease.stamp()) {
@@ -287,8 +283,7 @@ pub fn run(plan: &Plan, parts: Parts, link: Link) -> End {
                 &common,
                 receiver,
                 committer.as_mut(),
-                &trace,
-                &live,
+                &report,
             ));
             // Nothing that is sent now is of use, and whoever waits to send it must not wait on.
             common.sender.shutdown();
@@ -311,7 +306,7 @@ pub fn run(plan: &Plan, parts: Parts, link: Link) -> End {
                     sealer.as_mut(),
                     jobs,
                     &stop,
-                    &live,
+                    &report,
                 );
             }
             Err(e) => common.end(End::Failed(e.into())),
@@ -340,14 +335,14 @@ fn epochs(
     sealer: &mut dyn Kernel,
     jobs: mpsc::Sender<Job>,
     stop: &AtomicBool,
-    live: &Shared,
+    report: &Report,
 ) {
     let mut base = 0;
     let mut last: Option<Instant> = None;
     let mut due = Instant::now();
     let mut slow_pause = false;
     loop {
-        let Some(slow_standby) = wait(plan, common, due, stop) else {
+        let Some(slow_standby) = wait(plan, common, due, stop, report) else {
             return;
         };
         let begin = Instant::now();
@@ -375,7 +370,6 @@ fn epochs(
         );
         slow_pause = least > regular;
         due = regular.max(least);
-        note(&mut lock(live), &flight);
         let (epoch, dirty_pages) = (flight.epoch, flight.dirty_pages);
         lock(&common.state).flights.push_back(flight);
         let job = Job {
@@ -392,10 +386,17 @@ fn epochs(
 
 /// Waits until `due`, and until there is room for another epoch. Returns whether it was the room that
 /// was waited for, or nothing if it has come to an end.
-fn wait(plan: &Plan, common: &Common, due: Instant, stop: &AtomicBool) -> Option<bool> {
+fn wait(
+    plan: &Plan,
+    common: &Common,
+    due: Instant,
+    stop: &AtomicBool,
+    report: &Report,
+) -> Option<bool> {
     let mut held_up = false;
     let mut state = lock(&common.state);
     loop {
+        report.alive();
         if stop.load(Ordering::Relaxed) {
             state.end.get_or_insert(End::Asked);
         }
@@ -458,13 +459,6 @@ fn checkpoint(
         sent: false,
     };
     Ok((flight, state))
-}
-
-fn note(live: &mut Live, flight: &Flight) {
-    live.interval_reached_ms = flight.interval.map(ms);
-    live.pause_ms = Some(ms(flight.pause));
-    live.dirty_pages = Some(flight.dirty_pages);
-    live.limited_by = flight.limited_by.map(str::to_owned);
 }
 
 /// Sends the epochs that come through `queue`.
@@ -534,8 +528,7 @@ fn receive_all(
     common: &Common,
     mut receiver: Receiver,
     committer: &mut dyn Kernel,
-    trace: &Trace,
-    live: &Shared,
+    report: &Report,
 ) -> End {
     let mut lease = common.lease;
     // Acknowledged and not committed.
@@ -545,6 +538,7 @@ fn receive_all(
             Ok(frame) => frame,
             Err(e) => return End::PeerLost(e.to_string()),
         };
+        report.heard();
         let text = || String::from_utf8_lossy(&payload).into_owned();
         match header.kind {
             Kind::Heartbeat | Kind::Ack => match Stamp::decode(&payload) {
@@ -570,7 +564,7 @@ fn receive_all(
         // It may have taken over since it acknowledged.
         if lease.holds() && !receiver.is_closed() {
             if let Some(epoch) = waiting.take() {
-                if let Err(e) = commit(plan, common, epoch, committer, trace, live) {
+                if let Err(e) = commit(plan, common, epoch, committer, report) {
                     return End::Failed(e);
                 }
             }
@@ -584,8 +578,7 @@ fn commit(
     common: &Common,
     epoch: u64,
     committer: &mut dyn Kernel,
-    trace: &Trace,
-    live: &Shared,
+    report: &Report,
 ) -> Result<()> {
     let done = committer.commit(&plan.domain, epoch)?;
     let committed = Instant::now();
@@ -599,31 +592,22 @@ fn commit(
         } else {
             0
         };
-        trace.event(
-            "epoch",
-            json!({
-                "epoch": flight.epoch,
-                "interval_ms": flight.interval.map(ms),
-                "pause_ms": ms(flight.pause),
-                "stop_ms": ms(flight.stop),
-                "seal_ms": ms(flight.seal),
-                "save_ms": ms(flight.save),
-                "cont_ms": ms(flight.cont),
-                "dirty_pages": flight.dirty_pages,
-                "bytes": flight.bytes,
-                "packets": packets,
-                "commit_lag_ms": ms(lag),
-                "in_flight": state.flights.len(),
-                "limited_by": flight.limited_by,
-            }),
-        );
-        {
-            let mut live = lock(live);
-            live.epoch = flight.epoch;
-            live.epochs += 1;
-            live.commit_lag_ms = Some(ms(lag));
-            live.in_flight = Some(state.flights.len() as u64);
-        }
+        report.epoch(&Epoch {
+            epoch: flight.epoch,
+            interval_ms: flight.interval.map(ms),
+            pause_ms: ms(flight.pause),
+            stop_ms: ms(flight.stop),
+            seal_ms: ms(flight.seal),
+            save_ms: ms(flight.save),
+            cont_ms: ms(flight.cont),
+            dirty_pages: flight.dirty_pages,
+            bytes: flight.bytes,
+            packets,
+            commit_lag_ms: ms(lag),
+            in_flight: state.flights.len() as u64,
+            limited_by: flight.limited_by,
+            ..Epoch::default()
+        });
         if flight.epoch == epoch {
             break;
         }

@@ -10,7 +10,7 @@ use std::fs;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Arc;
+use std::sync::{mpsc, Arc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,7 @@ use serde_json::json;
 
 use crate::args::Standby;
 use crate::commands::domain;
-use crate::config::{check_fits, check_name, Config, Places, Vmm as VmmConfig};
+use crate::config::{Config, Places, StandbySettings, Vmm as VmmConfig};
 use crate::host::kernel::Image;
 use crate::host::netlink::{refusal, Remus};
 use crate::host::qmp::Qmp;
@@ -29,9 +29,9 @@ use crate::host::ram::{self, Ram};
 use crate::host::vmm::Vmm;
 use crate::peer::address;
 use crate::peer::stream::lock;
-use crate::primary::TIMEOUT_MS;
-use crate::report::live::{Live, Shared, Station};
-use crate::report::trace::{ms, Trace};
+use crate::report::live::{Live, Station};
+use crate::report::trace::ms;
+use crate::report::{metrics, say, service, Report};
 use crate::standby::serve::{serve, End, Held, Offer};
 use crate::standby::takeover::take_over;
 use crate::{say, signals};
@@ -142,52 +142,48 @@ impl Host {
 /// Serves primaries until one dies or this is ended. Returns the exit code.
 pub fn standby(args: &Standby, run_dir: &Path) -> Result<u8> {
     let config = Config::read(&args.config)?;
-    let local = args.local.as_deref().unwrap_or(&config.name);
-    check_name(local)?;
-    check_fits(config.memory.0)?;
-    let Some(command) = &config.vmm else {
-        let file = args.config.display();
-        bail!("{file} does not say how to start the machine: add [vmm] command = [\"qemu-system-x86_64\", …]");
-    };
-    let timeout_ms = args.timeout.or(config.timeout_ms).unwrap_or(TIMEOUT_MS);
-    let timeout = Duration::from_millis(timeout_ms);
-    let listen = args
-        .listen
-        .as_deref()
-        .or(config.listen.as_deref())
-        .unwrap_or("0.0.0.0");
-    let ports = if config.standby.ports.is_empty() {
-        &config.ports
-    } else {
-        &config.standby.ports
-    };
-    let port = args.port.as_deref().or(ports.first().map(String::as_str));
-    let trace = Trace::open(args.trace.as_deref())?;
-
-    let live = Shared::default();
-    *lock(&live) = Live {
+    let settings = StandbySettings::of(args, Some(&config))?;
+    let (local, listen, timeout) = (
+        settings.local.as_str(),
+        settings.listen.as_str(),
+        settings.timeout,
+    );
+    if settings.keys.is_some() {
+        bail!("this version cannot use keys yet: give -F and no --keys");
+    }
+    let report = Report::open(settings.trace.as_deref())?;
+    let live = report.live();
+    say::about(local, live);
+    *lock(live) = Live {
         role: "standby".into(),
         state: "starting".into(),
         pid: std::process::id(),
-        protects: (local != config.name).then(|| config.name.clone()),
+        protects: (local != settings.domain).then(|| settings.domain.clone()),
+        secured: Some("plain".into()),
         timeout_ms: Some(ms(timeout)),
         ..Live::default()
     };
-    let _station = Station::open(run_dir, local, Arc::clone(&live))?;
+    // Nobody obeys yet.
+    let (orders, _) = mpsc::channel();
+    let _station = Station::open(run_dir, local, &report, orders)?;
+    if let Some(address) = settings.metrics {
+        metrics::serve(address, local, &report)?;
+    }
+    report.start_watchdog()?;
     let listener = address::listen(listen)?;
     let stop = signals::stop_flag()?;
     let run_dir = fs::canonicalize(run_dir).context("the run directory")?;
     let setup = Setup {
         local,
-        memory: config.memory.0,
-        port,
-        command,
+        memory: settings.memory,
+        port: settings.port.as_deref(),
+        command: &settings.vmm,
         qmp: run_dir.join(format!("{local}.qmp")),
         log: run_dir.join(format!("{local}.vmm.log")),
     };
     let offer = Offer {
-        domain: config.name.clone(),
-        memory: config.memory.0,
+        domain: settings.domain.clone(),
+        memory: settings.memory,
         timeout,
     };
     loop {
@@ -196,20 +192,21 @@ pub fn standby(args: &Standby, run_dir: &Path) -> Result<u8> {
         signals::raise_priority();
         let pid = host.seat.vmm.pid();
         {
-            let mut live = lock(&live);
+            let mut live = lock(live);
             live.state = "waiting".into();
             live.vmm_pid = Some(pid);
             (live.epoch, live.epochs) = (0, 0);
         }
         say!(
             "standby for {} listens on {listen}; its machine waits (process {pid})",
-            config.name
+            settings.domain
         );
-        trace.event(
+        service::ready("waits for a primary");
+        report.event(
             "standby-ready",
-            json!({"domain": config.name, "vmm_pid": pid}),
+            json!({"domain": settings.domain, "vmm_pid": pid}),
         );
-        match attend(host, &listener, &offer, &trace, &live, &stop)? {
+        match attend(host, &listener, &offer, &report, &stop)? {
             Some(code) => return Ok(code),
             None => say!("starting anew for the next primary"),
         }
@@ -221,14 +218,14 @@ fn attend(
     mut host: Host,
     listener: &TcpListener,
     offer: &Offer,
-    trace: &Trace,
-    live: &Shared,
+    report: &Report,
     stop: &Arc<AtomicBool>,
 ) -> Result<Option<u8>> {
+    let live = report.live();
     loop {
-        let Some((stream, peer)) = accept(listener, &mut host.seat, stop)? else {
+        let Some((stream, peer)) = accept(listener, &mut host.seat, report, stop)? else {
             say!("standby for {} ended as asked to", offer.domain);
-            trace.event("standby-end", json!({}));
+            report.event("standby-end", json!({}));
             return Ok(Some(0));
         };
         {
@@ -237,12 +234,12 @@ fn attend(
             live.peer = Some(peer.clone());
         }
         let mut held = Held::default();
-        let end = serve(stream, offer, &mut held, &mut host.seat, trace, live, stop);
+        let end = serve(stream, offer, &mut held, &mut host.seat, report, stop);
         let noticed = Instant::now();
         match end {
             End::Refused(e) => {
                 say!("refused {peer}: {e:#}");
-                trace.event("refused", json!({"peer": peer, "reason": format!("{e:#}")}));
+                report.event("refused", json!({"peer": peer, "reason": format!("{e:#}")}));
                 let mut live = lock(live);
                 live.state = "waiting".into();
                 live.peer = None;
@@ -252,7 +249,7 @@ fn attend(
                     "{peer} ended protection of {} ({why}): no take-over",
                     offer.domain
                 );
-                trace.event("bye", json!({"reason": why, "epoch": held.epoch}));
+                report.event("bye", json!({"reason": why, "epoch": held.epoch}));
                 lock(live).peer = None;
                 return Ok(None);
             }
@@ -261,7 +258,7 @@ fn attend(
                     "standby for {} ended as asked to: it is not protected any more",
                     offer.domain
                 );
-                trace.event("standby-end", json!({"epoch": held.epoch}));
+                report.event("standby-end", json!({"epoch": held.epoch}));
                 return Ok(Some(0));
             }
             End::Failed(e) => {
@@ -269,20 +266,20 @@ fn attend(
                     "the standby cannot go on: {e:#}; {} is not protected any more",
                     offer.domain
                 );
-                trace.event("standby-failed", json!({"reason": format!("{e:#}")}));
+                report.event("standby-failed", json!({"reason": format!("{e:#}")}));
                 return Ok(Some(3));
             }
             End::Dead(heard, why) => {
                 let detect_ms = ms(noticed.saturating_duration_since(heard));
                 let seen = json!({"reason": why, "detect_ms": detect_ms, "epoch": held.epoch});
-                trace.event("silence", seen);
+                report.event("silence", seen);
                 if held.epoch == 0 {
                     say!(
                         "the primary {peer} is lost ({why}), and no epoch of {} has come whole: there is nothing \
                          to resume",
                         offer.domain
                     );
-                    trace.event("nothing-to-resume", json!({}));
+                    report.event("nothing-to-resume", json!({}));
                     return Ok(Some(4));
                 }
                 say!(
@@ -291,7 +288,7 @@ fn attend(
                     held.epoch
                 );
                 lock(live).state = "taking-over".into();
-                return own(host, offer, &held, heard, noticed, trace, live, stop).map(Some);
+                return own(host, offer, &held, heard, noticed, report, stop).map(Some);
             }
         }
     }
@@ -301,6 +298,7 @@ fn attend(
 fn accept(
     listener: &TcpListener,
     seat: &mut Seat,
+    report: &Report,
     stop: &AtomicBool,
 ) -> Result<Option<(TcpStream, String)>> {
     let tick = Timespec {
@@ -308,6 +306,7 @@ fn accept(
         tv_nsec: 100_000_000,
     };
     while !stop.load(Ordering::Relaxed) {
+        report.alive();
         seat.ready()?;
         match poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&tick)) {
             Ok(0) | Err(Errno::INTR) => continue,
@@ -330,21 +329,21 @@ fn own(
     held: &Held,
     heard: Instant,
     noticed: Instant,
-    trace: &Trace,
-    live: &Shared,
+    report: &Report,
     stop: &AtomicBool,
 ) -> Result<u8> {
     let name = &offer.domain;
-    let phases = match take_over(&mut host.qmp, held, heard, noticed, trace) {
+    let phases = match take_over(&mut host.qmp, held, heard, noticed, report) {
         Ok(phases) => phases,
         Err(e) => {
             let words = host.seat.vmm.last_words();
             say!("take-over of {name} failed: {e:#} (the machine's last words: {words})");
-            trace.event("takeover-failed", json!({"reason": format!("{e:#}")}));
+            report.event("takeover-failed", json!({"reason": format!("{e:#}")}));
             return Ok(5);
         }
     };
-    lock(live).state = "taken-over".into();
+    lock(report.live()).state = "taken-over".into();
+    service::status("has taken over");
     say!(
         "{name} runs here from epoch {} on: noticed after {} ms, loaded in {} ms, resumed in {} ms",
         phases.epoch,
@@ -354,15 +353,16 @@ fn own(
     );
     // A signal that came meanwhile meant the standby, not the machine that now runs.
     loop {
+        report.alive();
         if let Some(status) = host.seat.vmm.ended()? {
             say!("the machine of {name} has ended ({status})");
-            trace.event("vmm-ended", json!({"status": status.to_string()}));
+            report.event("vmm-ended", json!({"status": status.to_string()}));
             return Ok(0);
         }
         if stop.load(Ordering::Relaxed) {
             let pid = host.seat.vmm.pid();
             say!("the machine of {name} runs on without this process, as process {pid}");
-            trace.event("standby-end", json!({"vmm_pid": pid}));
+            report.event("standby-end", json!({"vmm_pid": pid}));
             host.let_go();
             return Ok(0);
         }

@@ -14,13 +14,12 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, Context, Error, Result};
 use remus_core::uapi::ram::PAGE_SIZE;
 use remus_proto::frame::{records, EpochBegin, EpochEnd, Header, Hello, Kind, Stamp, Welcome};
-use serde_json::json;
 
 use crate::host::kernel::Image;
 use crate::host::qmp::STATE_MAX;
-use crate::peer::stream::{lock, Broken, Heartbeat, Receiver, Sender};
-use crate::report::live::Shared;
-use crate::report::trace::{ms, Trace};
+use crate::peer::stream::{Broken, Heartbeat, Receiver, Sender};
+use crate::report::trace::ms;
+use crate::report::{Applied, Report};
 use crate::say;
 
 /// How long a caller may take to say what it wants.
@@ -74,8 +73,7 @@ pub fn serve(
     offer: &Offer,
     held: &mut Held,
     image: &mut dyn Image,
-    trace: &Trace,
-    live: &Shared,
+    report: &Report,
     stop: &Arc<AtomicBool>,
 ) -> End {
     let (sender, receiver, generation) = match welcome(&stream, offer) {
@@ -94,8 +92,7 @@ pub fn serve(
         offer,
         held,
         image,
-        trace,
-        live,
+        report,
         stop,
         sender: &sender,
         receiver,
@@ -212,8 +209,7 @@ struct Session<'a> {
     offer: &'a Offer,
     held: &'a mut Held,
     image: &'a mut dyn Image,
-    trace: &'a Trace,
-    live: &'a Shared,
+    report: &'a Report,
     stop: &'a Arc<AtomicBool>,
     sender: &'a Sender,
     receiver: Receiver,
@@ -250,6 +246,8 @@ impl Session<'_> {
                 Err(Broken::Wire(e)) => return self.nonsense(&e.into()),
                 Err(e) => return self.dead(e.to_string()),
             };
+            self.report.alive();
+            self.report.heard();
             let text = || String::from_utf8_lossy(&payload).into_owned();
             let result = match header.kind {
                 Kind::Bye => return End::Bye(text()),
@@ -402,21 +400,13 @@ impl Session<'_> {
         }
         self.held.epoch = stage.epoch;
         self.held.state = stage.state;
-        self.trace.event(
-            "epoch",
-            json!({
-                "epoch": stage.epoch,
-                "pages": stage.pages,
-                "bytes": stage.bytes,
-                "stage_ms": ms(staged - stage.begin),
-                "apply_ms": ms(applied - staged),
-            }),
-        );
-        let mut live = lock(self.live);
-        live.state = "replicating".into();
-        live.epoch = stage.epoch;
-        live.epochs += 1;
-        live.dirty_pages = Some(stage.pages);
+        self.report.applied(&Applied {
+            epoch: stage.epoch,
+            pages: stage.pages,
+            bytes: stage.bytes,
+            stage_ms: ms(staged - stage.begin),
+            apply_ms: ms(applied - staged),
+        });
         Ok(())
     }
 }

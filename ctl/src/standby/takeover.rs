@@ -9,7 +9,8 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::host::kernel::Successor;
-use crate::report::trace::{ms, Trace};
+use crate::report::trace::ms;
+use crate::report::Report;
 use crate::say;
 use crate::standby::serve::Held;
 
@@ -40,7 +41,7 @@ pub fn take_over(
     held: &Held,
     heard: Instant,
     noticed: Instant,
-    trace: &Trace,
+    report: &Report,
 ) -> Result<Phases> {
     let begin = Instant::now();
     successor
@@ -61,6 +62,6 @@ pub fn take_over(
         epoch: held.epoch,
         generation: held.generation + 1,
     };
-    trace.event("takeover", json!(phases));
+    report.event("takeover", json!(phases));
     Ok(phases)
 }

@@ -12,8 +12,7 @@ use std::time::{Duration, Instant};
 use super::model::{flaky, until, Copy, Failure, Model, Random, Toy};
 use crate::peer::stream::lock;
 use crate::primary::protect::{self, introduce, Parts, Plan};
-use crate::report::live::Shared;
-use crate::report::trace::Trace;
+use crate::report::Report;
 use crate::standby::serve::{self as standby, serve, Held, Offer};
 use remus_core::uapi::ram::PAGE_SIZE;
 
@@ -67,14 +66,12 @@ fn run(
             timeout: TIMEOUT,
         };
         let (mut held, mut image) = (Held::default(), Copy(vec![0; PAGES * PAGE_SIZE]));
-        let live = Shared::default();
         let end = serve(
             far,
             &offer,
             &mut held,
             &mut image,
-            &Trace::default(),
-            &live,
+            &Report::default(),
             &stop,
         );
         (end, held, image, Instant::now())
@@ -92,8 +89,7 @@ fn run(
             sealer: Box::new(kernel.clone()),
             committer: Box::new(kernel.clone()),
             pages: Box::new(kernel),
-            trace: Trace::default(),
-            live: Shared::default(),
+            report: Report::default(),
             stop,
         };
         protect::run(&plan(), parts, link)
@@ -277,8 +273,7 @@ fn strangers_are_refused() {
                 &offer,
                 &mut held,
                 &mut image,
-                &Trace::default(),
-                &Shared::default(),
+                &Report::default(),
                 &stop,
             )
         });

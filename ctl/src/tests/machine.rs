@@ -23,8 +23,7 @@ use crate::host::ram::Ram;
 use crate::host::vmm::Vmm;
 use crate::peer::stream::lock;
 use crate::primary::protect::{self, introduce, Parts, Plan};
-use crate::report::live::Shared;
-use crate::report::trace::Trace;
+use crate::report::Report;
 use crate::standby::serve::{self as standby, serve, Held, Offer};
 use crate::standby::takeover::take_over;
 
@@ -177,14 +176,13 @@ fn survives_its_host() {
             timeout,
         };
         let (mut held, mut image) = (Held::default(), FileImage(Ram::open(&ram).unwrap()));
-        let (live, stop) = (Shared::default(), Arc::new(AtomicBool::new(false)));
+        let stop = Arc::new(AtomicBool::new(false));
         let end = serve(
             far,
             &offer,
             &mut held,
             &mut image,
-            &Trace::default(),
-            &live,
+            &Report::default(),
             &stop,
         );
         (end, held, Instant::now())
@@ -196,8 +194,7 @@ fn survives_its_host() {
         sealer: Box::new(model.clone()),
         committer: Box::new(model.clone()),
         pages: Box::new(model.clone()),
-        trace: Trace::open(Some(&trace_path)).unwrap(),
-        live: Shared::default(),
+        report: Report::open(Some(&trace_path)).unwrap(),
         stop: Arc::default(),
     };
     let protecting = thread::spawn(move || protect::run(&plan, parts, link));
@@ -226,7 +223,7 @@ fn survives_its_host() {
 
     let before = counter(&standby_ram);
     assert!(before > 0);
-    let phases = take_over(&mut successor, &held, heard, noticed, &Trace::default()).unwrap();
+    let phases = take_over(&mut successor, &held, heard, noticed, &Report::default()).unwrap();
     assert_eq!((phases.epoch, phases.generation), (held.epoch, 2));
     assert_eq!(successor.status().unwrap(), "running");
     until("the count to go on", Duration::from_secs(20), || {
