@@ -35,7 +35,7 @@ tc: ## build q_remus.so, with which tc knows the options and statistics of remus
 	@scripts/tc.sh
 
 # The module only if a kernel is named, or for the one that it was built for before.
-install: ctl tc $(if $(KDIR),module) ## install remusctl, the plugin of tc, and the module if it is for the running kernel
+install: ctl tc $(if $(KDIR),module) ## install remusctl (manual pages, completions, units), the plugin of tc, and the module if it is for the running kernel
 	@scripts/install.sh
 
 uninstall: ## remove what install has installed
