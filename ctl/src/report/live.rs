@@ -27,6 +27,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, Context, Result};
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use rustix::net::sockopt::socket_peercred;
+use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
 use serde_json::{json, Value};
 
@@ -350,6 +352,11 @@ impl Drop for Station {
 
 /// Serves one client: one request, one answer, and events if it wants them.
 fn attend(mut client: UnixStream, report: &Report, orders: &mpsc::Sender<Order>) -> Result<()> {
+    // For a moment, before its mode was set, the socket was open to more.
+    let uid = socket_peercred(&client)?.uid;
+    if !uid.is_root() && uid != geteuid() {
+        bail!("not for user {}", uid.as_raw());
+    }
     client.set_write_timeout(Some(PATIENCE))?;
     let line = match read_line(&client) {
         Ok(line) => line,
@@ -445,7 +452,8 @@ fn request(
     let mut stream = UnixStream::connect(path)?;
     stream.set_read_timeout(Some(patience + PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
-    writeln!(stream, "{}", serde_json::to_string(&request)?)?;
+    let line = format!("{}\n", serde_json::to_string(&request)?);
+    stream.write_all(line.as_bytes())?;
     let mut reader = BufReader::new(stream);
     let mut line = String::new();
     reader.read_line(&mut line)?;
