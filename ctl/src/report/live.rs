@@ -305,11 +305,13 @@ impl Station {
         let path = socket(run_dir, domain);
         let listener = match UnixListener::bind(&path) {
             Err(e) if e.kind() == ErrorKind::AddrInUse => {
-                if let Ok(other) = status(&path) {
-                    let (role, pid) = (other.role, other.pid);
-                    bail!(
-                        "{domain} already has a running {role} here, process {pid}: end it first"
+                // Whoever listens lives, even if it has no time to say more.
+                if UnixStream::connect(&path).is_ok() {
+                    let who = status(&path).map_or_else(
+                        |_| "controller".to_owned(),
+                        |other| format!("{}, process {}", other.role, other.pid),
                     );
+                    bail!("{domain} already has a running {who} here: end it first");
                 }
                 // Its process was killed.
                 fs::remove_file(&path)?;
@@ -559,6 +561,11 @@ mod tests {
         assert_eq!(mode(&socket(dir.path(), "web")), 0o600);
         drop(station);
         assert!(all(dir.path()).is_empty());
+        // One that does not answer, but lives.
+        let mute = UnixListener::bind(dir.path().join("web.sock")).unwrap();
+        assert!(open(dir.path(), &report).is_err());
+        drop(mute);
+        fs::remove_file(dir.path().join("web.sock")).unwrap();
         // A socket whose process is gone is in nobody's way.
         drop(UnixListener::bind(dir.path().join("web.sock")).unwrap());
         open(dir.path(), &report).unwrap();
