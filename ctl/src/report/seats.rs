@@ -12,7 +12,9 @@ pub struct Seats {
 }
 
 /// One of them, taken until it is dropped.
-pub struct Seat(#[allow(dead_code)] Arc<()>);
+pub struct Seat {
+    _token: Arc<()>,
+}
 
 impl Seats {
     /// So many.
@@ -25,7 +27,9 @@ impl Seats {
 
     /// Takes one, if one is free. To be called by one thread.
     pub fn take(&self) -> Option<Seat> {
-        (Arc::strong_count(&self.token) <= self.most).then(|| Seat(Arc::clone(&self.token)))
+        (Arc::strong_count(&self.token) <= self.most).then(|| Seat {
+            _token: Arc::clone(&self.token),
+        })
     }
 }
 
