@@ -37,6 +37,7 @@ use crate::args::{Cli, Command, Domain};
 use crate::commands::domain::Step;
 use crate::commands::{doctor, domain, status};
 use crate::config::Config;
+use crate::host::kernel::Seal;
 
 fn main() -> ExitCode {
     match run(&Cli::parse()) {
@@ -80,7 +81,11 @@ fn run(cli: &Cli) -> Result<u8> {
         }) => domain::set(name, ports, limits, *json)?,
         Command::Domain(Domain::Del { name, force }) => domain::del(name, *force)?,
         Command::Seal { name, full, json } => {
-            domain::step(name, Step::Seal { full: *full }, *json)?;
+            let how = Seal {
+                full: *full,
+                ..Seal::default()
+            };
+            domain::step(name, Step::Seal(how), *json)?;
         }
         Command::Commit(s) => domain::step(&s.name, Step::Commit(s.epoch), s.json)?,
         Command::Abort(s) => domain::step(&s.name, Step::Abort(s.epoch), s.json)?,

@@ -13,7 +13,7 @@ use serde_json::{json, Value};
 
 use crate::args::{CowPolicy, Limits};
 use crate::config::{check_fits, check_name};
-use crate::host::kernel::{Domain, Done, Kernel};
+use crate::host::kernel::{Domain, Done, Kernel, Seal};
 use crate::host::link::{Links, Port};
 use crate::host::netlink::{refusal, Remus};
 use crate::say;
@@ -290,10 +290,7 @@ fn human(bytes: u64) -> String {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// Seal the open epoch, with every page that exists if told so.
-    Seal {
-        /// Count every page that exists as written.
-        full: bool,
-    },
+    Seal(Seal),
     /// Commit an epoch and all before it; the newest sealed one if none is named.
     Commit(Option<u64>),
     /// Abort an epoch and all after it; the oldest sealed one if none is named.
@@ -306,7 +303,7 @@ pub enum Step {
 pub fn step(name: &str, step: Step, as_json: bool) -> Result<()> {
     let mut kernel = Remus::connect()?;
     let (verb, done) = match step {
-        Step::Seal { full } => ("sealed", kernel.seal(name, full)?),
+        Step::Seal(how) => ("sealed", kernel.seal(name, how)?),
         Step::Commit(Some(epoch)) => ("committed", kernel.commit(name, epoch)?),
         Step::Abort(Some(epoch)) => ("aborted", kernel.abort(name, epoch)?),
         Step::Discard => {

@@ -82,17 +82,29 @@ pub struct Done {
     pub duration_ns: u64,
 }
 
+/// How to seal an epoch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Seal {
+    /// Every page that exists belongs to the epoch.
+    pub full: bool,
+    /// Ports in passthrough stay in it: the domain is not protected yet. Otherwise the seal ends it.
+    pub keep_passthrough: bool,
+}
+
 /// The epochs of domains. Every call fails with the kernel's refusal if it is refused, and has then
 /// changed nothing.
 pub trait Kernel: Send {
     /// Describes a domain.
     fn get(&mut self, domain: &str) -> Result<Domain>;
-    /// Seals the open epoch; with `full`, every page that exists belongs to it.
-    fn seal(&mut self, domain: &str, full: bool) -> Result<Done>;
+    /// Seals the open epoch.
+    fn seal(&mut self, domain: &str, how: Seal) -> Result<Done>;
     /// Commits a sealed epoch and all before it.
     fn commit(&mut self, domain: &str, epoch: u64) -> Result<Done>;
     /// Folds a sealed epoch and all after it into the open one.
     fn abort(&mut self, domain: &str, epoch: u64) -> Result<Done>;
+    /// Lets all ports pass everything, what they hold first, or has them hold from now on. Letting pass is
+    /// refused while epochs are sealed: abort them first.
+    fn set_passthrough(&mut self, domain: &str, on: bool) -> Result<()>;
 }
 
 /// The pages of sealed epochs.

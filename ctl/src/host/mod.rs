@@ -2,6 +2,7 @@
 
 //! What is on this host: the kernel's domains, the virtual machine, its memory.
 
+pub mod events;
 pub mod kernel;
 pub mod link;
 pub mod netlink;

@@ -30,7 +30,7 @@ use remus_proto::frame::{
 };
 use serde_json::json;
 
-use crate::host::kernel::{Guest, Kernel, Pages};
+use crate::host::kernel::{Guest, Kernel, Pages, Seal};
 use crate::peer::stream::{lock, Broken, Heartbeat, Receiver, Sender, Unsent};
 use crate::report::live::{Live, Shared};
 use crate::report::trace::{ms, Trace};
@@ -433,7 +433,13 @@ fn checkpoint(
     let stopped = Instant::now();
     let mut sealed = stopped;
     let work = paused.and_then(|()| {
-        let done = sealer.seal(&plan.domain, full)?;
+        let done = sealer.seal(
+            &plan.domain,
+            Seal {
+                full,
+                ..Seal::default()
+            },
+        )?;
         sealed = Instant::now();
         Ok((done, guest.save()?))
     });

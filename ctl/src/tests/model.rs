@@ -15,7 +15,7 @@ use remus_core::epoch::Epochs;
 use remus_core::uapi::ram::{self, PAGE_SIZE, RECORD_SIZE};
 use remus_proto::frame;
 
-use crate::host::kernel::{Domain, Done, Guest, Image, Kernel, Pages};
+use crate::host::kernel::{Domain, Done, Guest, Image, Kernel, Pages, Seal};
 use crate::peer::stream::lock;
 
 /// How a guest's memory is looked at.
@@ -32,6 +32,8 @@ pub struct Book {
     /// When they began.
     pub begun: Vec<Instant>,
     last: Vec<u8>,
+    /// Nothing is held.
+    pub passing: bool,
 }
 
 /// A kernel that finds out what was written by comparing. Clones are the same kernel.
@@ -56,6 +58,7 @@ impl Model {
             commits: Vec::new(),
             begun: Vec::new(),
             last: Vec::new(),
+            passing: false,
         };
         let many = || Arc::new(AtomicU64::new(u64::MAX));
         Self {
@@ -95,19 +98,20 @@ impl Kernel for Model {
         })
     }
 
-    fn seal(&mut self, domain: &str, full: bool) -> Result<Done> {
+    fn seal(&mut self, domain: &str, how: Seal) -> Result<Done> {
         Self::spend(&self.seals, "seal")?;
         let now = (self.look)();
         let mut book = lock(&self.book);
         let Ok(epoch) = book.epochs.seal() else {
             bail!("refused")
         };
+        book.passing &= how.keep_passthrough;
         let old = |i: usize| book.last.get(i * PAGE_SIZE..(i + 1) * PAGE_SIZE);
         let dirty: Vec<u64> = now
             .chunks(PAGE_SIZE)
             .enumerate()
             .filter(|(i, page)| {
-                if full {
+                if how.full {
                     page.iter().any(|b| *b != 0)
                 } else {
                     old(*i) != Some(page)
@@ -157,6 +161,15 @@ impl Kernel for Model {
             epoch,
             ..Done::default()
         })
+    }
+
+    fn set_passthrough(&mut self, _: &str, on: bool) -> Result<()> {
+        let mut book = lock(&self.book);
+        if on && !book.passing && book.epochs.sealed() > 0 {
+            bail!("refused: sealed epochs wait");
+        }
+        book.passing = on;
+        Ok(())
     }
 }
 
