@@ -13,13 +13,14 @@ KDIR ?=
 # Debian's own Rust, from scripts/lib.sh: the controller shares source with the module.
 cargo = . scripts/lib.sh && build_tools && export CARGO_TARGET_DIR="$$TOP/build/cargo" && cd ctl && "$$CARGO"
 
-.PHONY: help kernel module ctl tc install uninstall guest demo test test-kernel test-qdisc-long test-ram-long test-tc test-errors test-takeover bench-qdisc bench-ram lint check clean
+.PHONY: help kernel module ctl tc install uninstall guest demo test test-kernel test-qdisc-long test-ram-long test-tc test-errors test-takeover bench-qdisc bench-ram bench-replication lint check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 	@echo '  Variables: FLAVOUR=release|debug (kernel, module), KDIR=DIR (module, install), RUNS=N (test-takeover),'
 	@echo '  PREFIX=DIR (install: remusctl below it, default /usr/local), DESTDIR=DIR (install: everything below it),'
-	@echo '  DEMO="--memory 512 ..." (demo; see tests/demo/run --help), REMUS_CACHE=DIR (default ~/.cache/remus).'
+	@echo '  DEMO="--memory 512 ..." (demo; see tests/demo/run --help), BENCH="--rounds 1 ..." (bench-replication),'
+	@echo '  REMUS_CACHE=DIR (default ~/.cache/remus).'
 
 kernel: ## build the test kernel (FLAVOUR=release|debug) into the cache
 	@scripts/kernel.sh $(FLAVOUR)
@@ -35,7 +36,7 @@ tc: ## build q_remus.so, with which tc knows the options and statistics of remus
 	@scripts/tc.sh
 
 # The module only if a kernel is named, or for the one that it was built for before.
-install: ctl tc $(if $(KDIR),module) ## install remusctl, the plugin of tc, and the module if it is for the running kernel
+install: ctl tc $(if $(KDIR),module) ## install remusctl (manual pages, completions, units), the plugin of tc, and the module if it is for the running kernel
 	@scripts/install.sh
 
 uninstall: ## remove what install has installed
@@ -73,6 +74,9 @@ bench-qdisc: ## what holding packets costs, beside sch_plug, ifb and pfifo_fast
 
 bench-ram: ## what tracking and snapshots of memory cost, beside what Linux has
 	@tests/bench/ram/run
+
+bench-replication: ## what replication costs and gives, beside plain Remus; take-overs and partitions (hours; BENCH="--rounds 1 ...")
+	@tests/bench/replication/run $(BENCH)
 
 lint: ## rustfmt, clippy for module and controller, shellcheck, Python syntax; warnings are errors
 	@scripts/lint.sh

@@ -147,6 +147,19 @@ impl Cow {
     }
 }
 
+/// What a request changes about a domain; what is `None` stays.
+pub(crate) struct Change {
+    /// Limits over all ports, 0 for none.
+    pub(crate) packets: Option<u64>,
+    pub(crate) bytes: Option<u64>,
+    /// Those of the memory's copies.
+    pub(crate) cow: Cow,
+    /// Whether the ports pass everything until the next seal that ends it, or hold from now on.
+    pub(crate) passing: Option<bool>,
+    /// The sender becomes the owner.
+    pub(crate) own: bool,
+}
+
 /// What a command on an epoch has done.
 #[derive(Default)]
 pub(crate) struct Done {
@@ -249,6 +262,17 @@ impl State {
             done.bytes += sum.bytes;
         }
         done
+    }
+
+    /// Refuses to let go of what the open epoch holds while that would overtake a sealed one.
+    fn check_pass(&self) -> Result<(), Refusal> {
+        if self.epochs.sealed() > 0 {
+            return Err(refusal!(
+                EBUSY,
+                "sealed epochs wait: commit or abort them first"
+            ));
+        }
+        Ok(())
     }
 
     /// Refuses what another process than the owner asks for.
@@ -462,31 +486,33 @@ impl Domain {
         view
     }
 
-    /// Changes the limits over all ports, 0 for none, and those of the memory's copies, and makes
-    /// `sender` the owner if it asks for that.
-    pub(crate) fn set(
-        &self,
-        sender: Sender,
-        packets: Option<u64>,
-        bytes: Option<u64>,
-        cow: Cow,
-        own: bool,
-    ) -> Result<(), Refusal> {
+    /// Changes what `change` says. A refusal comes with the attribute that it is about.
+    pub(crate) fn set(&self, sender: Sender, change: &Change) -> Result<(), (u16, Refusal)> {
         let mut state = self.state.lock();
-        state.check(sender)?;
-        if let Some(ram) = self.ram() {
-            ram.set(cow.limit, cow.policy);
+        let about = |number| move |why| (number, why);
+        state.check(sender).map_err(about(uapi::attr::DOMAIN))?;
+        if change.passing == Some(true) && state.ports.iter().any(|port| !port.view().passing) {
+            state.check_pass().map_err(about(uapi::attr::PASSTHROUGH))?;
         }
-        if let Some(packets) = packets {
+        // Nothing is refused from here on.
+        if let Some(ram) = self.ram() {
+            ram.set(change.cow.limit, change.cow.policy);
+        }
+        if let Some(packets) = change.packets {
             self.limit_packets.store(packets, Relaxed);
         }
-        if let Some(bytes) = bytes {
+        if let Some(bytes) = change.bytes {
             self.limit_bytes.store(bytes, Relaxed);
         }
         for port in &state.ports {
             port.count(self.is_limited());
+            match change.passing {
+                Some(true) if !port.view().passing => port.pass(),
+                Some(false) => port.stop_passing(),
+                _ => {}
+            }
         }
-        if own {
+        if change.own {
             OWNED.store(true, Release);
             state.owner = Some(sender);
             state.orphaned = false;
@@ -494,7 +520,8 @@ impl Domain {
         Ok(())
     }
 
-    /// Has one of its ports hold nothing until the next seal, or everything from now on. RTNL held.
+    /// Has one of its ports hold nothing until the next seal that ends it, or everything from now on. RTNL
+    /// held. A qdisc's option names no sender, so an owner refuses it to everybody.
     pub(crate) fn set_passing(&self, port: &Arc<Port>, passing: bool) -> Result<(), Refusal> {
         let state = self.state.lock();
         if !passing {
@@ -503,12 +530,7 @@ impl Domain {
             if state.owner.is_some() {
                 return Err(refusal!(EBUSY, "a process owns the domain: end it first"));
             }
-            if state.epochs.sealed() > 0 {
-                return Err(refusal!(
-                    EBUSY,
-                    "sealed epochs wait: commit or abort them first"
-                ));
-            }
+            state.check_pass()?;
             port.pass();
         }
         Ok(())
@@ -520,8 +542,9 @@ impl Domain {
         state.ports.iter().find(|port| port.id() > id).cloned()
     }
 
-    /// Seals the open epoch, of all ports and the memory.
-    pub(crate) fn seal(&self, sender: Sender, full: bool) -> Result<Done, Refusal> {
+    /// Seals the open epoch, of all ports and the memory. With `keep`, ports that pass go on doing so: the
+    /// domain is not protected yet.
+    pub(crate) fn seal(&self, sender: Sender, full: bool, keep: bool) -> Result<Done, Refusal> {
         let start = Instant::<Monotonic>::now();
         let mut state = self.state.lock();
         state.check(sender)?;
@@ -536,7 +559,7 @@ impl Domain {
         };
         state.epochs.seal().map_err(|r| refused(r, 0))?;
         self.open.store(state.epochs.open(), Release);
-        let done = state.each_port(epoch, pages, |port| port.sealed(epoch));
+        let done = state.each_port(epoch, pages, |port| port.sealed(epoch, keep));
         Ok(done.since(start))
     }
 

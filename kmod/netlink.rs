@@ -29,6 +29,7 @@ use crate::{
     },
     domain::{
         self,
+        Change,
         Domain,
         Done,
         Name, //
@@ -235,7 +236,11 @@ fn run(request: &Request<'_>, attrs: &Attrs<'_>, ack: &Ack<'_>) -> Result<(), Re
         }
         cmd::EPOCH_SEAL => {
             let domain = find()?;
-            let done = domain.seal(sender, attrs.get(attr::FULL).is_some())?;
+            let done = domain.seal(
+                sender,
+                attrs.get(attr::FULL).is_some(),
+                attrs.get(attr::KEEP_PASSTHROUGH).is_some(),
+            )?;
             reply.send(|m| put_done(m, &domain, &done))?;
         }
         command @ (cmd::EPOCH_COMMIT | cmd::EPOCH_ABORT) => {
@@ -254,14 +259,23 @@ fn run(request: &Request<'_>, attrs: &Attrs<'_>, ack: &Ack<'_>) -> Result<(), Re
             reply.send(|m| put_done(m, &domain, &done))?;
         }
         cmd::DOMAIN_SET => {
+            let passing = attrs.get(attr::PASSTHROUGH).is_some();
+            let hold = attrs.get(attr::HOLD).is_some();
+            if passing && hold {
+                let why = refusal!(EINVAL, "passthrough and hold are opposites: give one");
+                return Err(blame(attr::HOLD, why));
+            }
             let domain = find()?;
-            domain.set(
-                sender,
-                number(attr::LIMIT_PACKETS),
-                number(attr::LIMIT_BYTES),
-                cow(domain.ram().is_some())?,
-                attrs.get(attr::OWN).is_some(),
-            )?;
+            let change = Change {
+                packets: number(attr::LIMIT_PACKETS),
+                bytes: number(attr::LIMIT_BYTES),
+                cow: cow(domain.ram().is_some())?,
+                passing: (passing || hold).then_some(passing),
+                own: attrs.get(attr::OWN).is_some(),
+            };
+            domain
+                .set(sender, &change)
+                .map_err(|(about, why)| blame(about, why))?;
             reply.send(|m| put_domain(m, &domain))?;
         }
         cmd::DISCARD => {

@@ -159,8 +159,8 @@ pub(crate) struct State {
     released: u64,
     /// Thrown away, but the device's queue still counts them.
     discarded: PacketQueue,
-    /// Nothing is held: becomes true when what was held before is on its way, and false in a seal, or when
-    /// told to. Changes only under the domain's lock, too.
+    /// Nothing is held: becomes true when what was held before is on its way, and false in a seal that does not
+    /// keep it, or when told to. Changes only under the domain's lock, too.
     passing: bool,
     limits: Limits,
     drops: Drops,
@@ -260,7 +260,7 @@ impl WorkItem for Port {
 }
 
 impl Port {
-    /// A port that holds everything from now on, or passes everything until the next seal.
+    /// A port that holds everything from now on, or passes everything until the next seal that ends it.
     pub(crate) fn new(
         domain: Arc<Domain>,
         id: u64,
@@ -482,11 +482,13 @@ impl Port {
     }
 
     /// `epoch` was sealed, and the domain's next one is stored: from here on no packet is added to it.
-    /// Returns what is in it.
-    pub(crate) fn sealed(&self, epoch: u64) -> Sum {
+    /// Returns what is in it. With `keep`, a port that passes goes on doing so: what it passes is in no epoch.
+    pub(crate) fn sealed(&self, epoch: u64, keep: bool) -> Sum {
         let sum = self.instance.lock(|queue| {
             // Protection begins. What passes a moment later has been sent before.
-            self.set_passing(queue, false);
+            if !keep {
+                self.set_passing(queue, false);
+            }
             queue.state.ledger.seal(epoch)
         });
         sum.unwrap_or_default()
@@ -562,7 +564,7 @@ impl Port {
         packets
     }
 
-    /// Holds nothing any more until the next seal, and lets go what the open epoch holds: it is not
+    /// Holds nothing any more until a seal ends that, and lets go what the open epoch holds: it is not
     /// protected any more. No epoch is sealed; the domain's lock held. Process context.
     pub(crate) fn pass(self: &Arc<Self>) {
         if self.direction == Direction::Guest {

@@ -4,7 +4,8 @@
 #
 #   scripts/install.sh [--uninstall]
 #
-# remusctl goes to $PREFIX/sbin (/usr/local), the plugin of tc to where the installed tc looks for it
+# remusctl goes to $PREFIX/sbin (/usr/local), with its manual pages, completions and systemd units below
+# $PREFIX, the plugin of tc to where the installed tc looks for it
 # (TC_LIB_DIR=DIR names another place), the module to /lib/modules if it was built for the running
 # kernel. With DESTDIR=DIR everything goes below DIR, and the module may be for any kernel.
 
@@ -28,6 +29,35 @@ put() {
         die "cannot write $to: run it as root, or set DESTDIR=DIR or PREFIX=DIR."
     fi
     say "installed $to"
+}
+
+# papers: manual pages and completions, as "FILE DIR", in a directory that is removed at the end.
+papers() {
+    local share=$PREFIX/share
+    made=$(mktemp -d)
+    trap 'rm -rf "$made"' EXIT
+    "$remusctl" man "$made/man"
+    "$remusctl" completions bash >"$made/remusctl"
+    "$remusctl" completions zsh >"$made/_remusctl"
+    "$remusctl" completions fish >"$made/remusctl.fish"
+    for file in "$made"/man/*.8; do put "$file" "$share/man/man8" 644; done
+    put "$made/remusctl" "$share/bash-completion/completions" 644
+    put "$made/_remusctl" "$share/zsh/site-functions" 644
+    put "$made/remusctl.fish" "$share/fish/vendor_completions.d" 644
+}
+
+# units: with the path that remusctl is installed at.
+units() {
+    local unit
+    for unit in "$TOP"/packaging/systemd/*.service; do
+        sed "s|/usr/local/sbin/|$PREFIX/sbin/|" "$unit" >"$made/${unit##*/}"
+        put "$made/${unit##*/}" "$PREFIX/lib/systemd/system" 644
+    done
+}
+
+# reload: have systemd look at the units, if it runs and they are for this machine.
+reload() {
+    if [ -z "$DESTDIR" ] && [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
 }
 
 # take FILE
@@ -59,6 +89,12 @@ running=$(uname -r)
 
 if [ -n "$remove" ]; then
     take "$PREFIX/sbin/remusctl"
+    for file in "$DESTDIR$PREFIX"/share/man/man8/remusctl{,-*}.8; do take "${file#"$DESTDIR"}"; done
+    take "$PREFIX/share/bash-completion/completions/remusctl"
+    take "$PREFIX/share/zsh/site-functions/_remusctl"
+    take "$PREFIX/share/fish/vendor_completions.d/remusctl.fish"
+    for file in "$TOP"/packaging/systemd/*.service; do take "$PREFIX/lib/systemd/system/${file##*/}"; done
+    reload
     if dir=$(tc_directory); then take "$dir/q_remus.so"; fi
     for file in "$DESTDIR"/lib/modules/*/updates/remus_buf.ko; do
         [ -e "$file" ] || continue
@@ -73,6 +109,9 @@ fi
 
 if [ -e "$remusctl" ]; then
     put "$remusctl" "$PREFIX/sbin" 755
+    papers
+    units
+    reload
 else
     say "remusctl is not installed: build it with 'make ctl'."
 fi

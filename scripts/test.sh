@@ -61,9 +61,9 @@ if [ "$what" = all ] || [ "$what" = takeover ]; then
     step "take-overs" scripts/demo.sh --tap --report takeovers --runs "${RUNS:-10}"
     # And once the other way afterwards.
     step "protected again" scripts/demo.sh --tap --report back --runs 1 --back
-    # One part dies, the rest goes on: what must be mute stays mute. With a larger guest, and with vhost-net,
+    # One part dies, or the way between the hosts, or nothing: what must be mute stays mute. With a larger guest, and with vhost-net,
     # to see that too.
-    step "fail closed" scripts/demo.sh --tap --report fail-closed --memory 512 --vhost --runs 3 --kill remusctl,qemu,standby
+    step "fail closed" scripts/demo.sh --tap --report fail-closed --memory 512 --vhost --runs 5 --kill remusctl,qemu,standby,partition,failover
 fi
 
 [ ${#trouble[@]} = 0 ] || say "failed: ${trouble[*]}"

@@ -1,13 +1,16 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 
 //! The command line.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
 use serde::{Deserialize, Serialize};
 
-use crate::config::Size;
+use crate::commands::keys::Keys;
+use crate::config::{Amount, Size};
 
 /// Exit codes, as `--help` shows them.
 const EXIT_CODES: &str = "\
@@ -42,6 +45,12 @@ pub struct Cli {
 pub enum Command {
     /// Say whether this host is fit, and if not, what to do.
     Doctor {
+        /// Also look at what this file names: the keys, the memory, the standby.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        /// Also look at the way to this host.
+        #[arg(long, value_name = "HOST[:PORT]")]
+        peer: Option<String>,
         /// Print JSON.
         #[arg(short, long)]
         json: bool,
@@ -49,8 +58,11 @@ pub enum Command {
     /// Create, list, show and delete domains.
     #[command(subcommand)]
     Domain(Domain),
+    /// Make, install and show the keys of a pair of hosts.
+    #[command(subcommand)]
+    Keys(Keys),
     /// Keep a running virtual machine protected by a standby.
-    Protect(Protect),
+    Protect(Box<Protect>),
     /// Receive a domain's epochs, and take over when its host dies.
     Standby(Standby),
     /// Show what the domains on this host do.
@@ -60,6 +72,46 @@ pub enum Command {
         /// Print JSON.
         #[arg(short, long)]
         json: bool,
+    },
+    /// Show what the domains on this host do, again and again; q ends it.
+    Top {
+        /// Only this domain.
+        name: Option<String>,
+    },
+    /// Print what happens to a domain, or to all, as it happens: one JSON object a line.
+    Events {
+        /// Only this domain.
+        name: Option<String>,
+    },
+    /// Change when the epochs of a protected domain end.
+    Set {
+        /// The domain.
+        name: String,
+        /// When its epochs end.
+        #[command(flatten)]
+        pace: Pace,
+    },
+    /// Planned switch: have the standby of a domain take over. Nothing that was sent is lost.
+    Failover {
+        /// The domain.
+        name: String,
+    },
+    /// End the protection of a domain in good order; the standby does not take over.
+    Unprotect {
+        /// The domain.
+        name: String,
+    },
+    /// Write the manual pages to a directory.
+    #[command(hide = true)]
+    Man {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// Print what completes these commands in a shell.
+    #[command(hide = true)]
+    Completions {
+        /// The shell.
+        shell: Shell,
     },
     /// Raw step: end the open epoch of a domain.
     Seal {
@@ -101,7 +153,7 @@ pub struct Step {
 /// What to do with domains.
 #[derive(Debug, Subcommand)]
 pub enum Domain {
-    /// Create a domain; its output is held from then on.
+    /// Create a domain; its output is held from then on, unless told otherwise.
     Add {
         /// Its name.
         #[arg(required_unless_present = "config")]
@@ -115,6 +167,9 @@ pub enum Domain {
         /// Its limits.
         #[command(flatten)]
         limits: Limits,
+        /// Let what the guest sends pass, until it is protected.
+        #[arg(long)]
+        passthrough: bool,
         /// File that describes it.
         #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "ports"])]
         config: Option<PathBuf>,
@@ -146,6 +201,9 @@ pub enum Domain {
         /// Its limits.
         #[command(flatten)]
         limits: Limits,
+        /// Let what the guest sends pass, until it is protected; or hold it again.
+        #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+        passthrough: Option<bool>,
         /// Print JSON.
         #[arg(short, long)]
         json: bool,
@@ -188,59 +246,115 @@ pub enum CowPolicy {
 }
 
 fn limit(text: &str) -> anyhow::Result<u64> {
-    if text == "0" {
-        return Ok(0);
-    }
-    text.parse::<Size>().map(|size| size.0)
+    text.parse::<Amount>().map(|amount| amount.0)
+}
+
+/// What decides when an epoch ends: one of the three, or what the file says.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
+pub struct Pace {
+    /// So long after the last one, in milliseconds [default: 100].
+    #[arg(short, long, value_name = "MS", conflicts_with_all = ["on_output", "target_latency"],
+        value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
+    pub interval: Option<u64>,
+    /// As soon as the guest has sent something.
+    #[arg(long, conflicts_with = "target_latency")]
+    pub on_output: bool,
+    /// With --on-output, the least time between two, in milliseconds [default: 10].
+    #[arg(long, value_name = "MS", conflicts_with_all = ["interval", "target_latency"],
+        value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
+    pub floor: Option<u64>,
+    /// So that replies come about this much later than without protection, in milliseconds.
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
+    pub target_latency: Option<u64>,
+}
+
+/// What becomes of a guest whose standby is lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Loss {
+    /// What it sends stays held until somebody decides.
+    Hold,
+    /// It goes on without protection: what it sends leaves at once.
+    Continue,
+}
+
+/// What `protect` and `standby` have in common.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Common {
+    /// Silence after which the other host counts as dead, in milliseconds [default: 1000].
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(10..=3_600_000))]
+    pub timeout: Option<u64>,
+    /// Keys of this host, which prove to the other one who it is [default: /etc/remus/keys/default.pem].
+    #[arg(long, value_name = "FILE")]
+    pub keys: Option<PathBuf>,
+    /// Allow what weakens protection: running without keys, --on-standby-loss continue.
+    #[arg(short = 'F', long)]
+    pub force: bool,
+    /// Serve metrics over HTTP, at /metrics.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub metrics: Option<SocketAddr>,
+    /// Append events to this file, one JSON object a line.
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
 }
 
 /// Arguments of `protect`.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Protect {
     /// The domain.
     pub name: String,
     /// QEMU's QMP socket.
     #[arg(long, value_name = "SOCK")]
-    pub qmp: PathBuf,
+    pub qmp: Option<PathBuf>,
     /// The standby.
     #[arg(long, value_name = "HOST[:PORT]")]
-    pub to: String,
-    /// Time from epoch to epoch, in milliseconds [default: 100].
-    #[arg(short, long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
-    pub interval: Option<u64>,
-    /// Silence after which the standby counts as dead, in milliseconds [default: 1000].
-    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(10..=3_600_000))]
-    pub timeout: Option<u64>,
-    /// Most epochs that may wait for the standby.
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=1024))]
-    pub depth: u64,
-    /// Append events to this file, one JSON object a line.
-    #[arg(long, value_name = "FILE")]
-    pub trace: Option<PathBuf>,
-    /// File that describes the domain.
+    pub to: Option<String>,
+    /// When its epochs end.
+    #[command(flatten)]
+    pub pace: Pace,
+    /// Most epochs that may wait for the standby [default: 4].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1024))]
+    pub depth: Option<u64>,
+    /// Most memory for what the standby has of the guest's, so that only differences are sent; 0 for
+    /// none [default: a quarter of the guest's memory].
+    #[arg(long, value_name = "SIZE", value_parser = limit)]
+    pub delta_cache: Option<u64>,
+    /// Threads that encode pages [default: as many as processors, at most 4].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=64))]
+    pub encoders: Option<u64>,
+    /// Send pages as they are, neither as differences nor compressed.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub raw: Option<bool>,
+    /// Copy pages while the guest stands still, as plain Remus does: for comparison.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub copy_in_pause: Option<bool>,
+    /// What becomes of the guest when the standby is lost; continue needs -F [default: hold].
+    #[arg(long, value_name = "POLICY")]
+    pub on_standby_loss: Option<Loss>,
+    /// What `standby` has too.
+    #[command(flatten)]
+    pub common: Common,
+    /// File that describes the domain; what is named here comes first.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
 
 /// Arguments of `standby`.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Standby {
-    /// File that describes the domain.
+    /// File that describes the domain; what is named here comes first.
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
     /// Where to listen [default: 0.0.0.0:7072].
     #[arg(long, value_name = "ADDR[:PORT]")]
     pub listen: Option<String>,
-    /// Silence after which the primary counts as dead, in milliseconds [default: 1000].
-    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(10..=3_600_000))]
-    pub timeout: Option<u64>,
     /// What to call the domain on this host, if its own name is taken.
     #[arg(long = "as", value_name = "NAME")]
     pub local: Option<String>,
     /// The virtual machine's network interface on this host.
     #[arg(long, value_name = "DEV")]
     pub port: Option<String>,
-    /// Append events to this file, one JSON object a line.
-    #[arg(long, value_name = "FILE")]
-    pub trace: Option<PathBuf>,
+    /// What `protect` has too.
+    #[command(flatten)]
+    pub common: Common,
 }

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 
 //! `remusctl`, the controller of Remus: drives the epochs of a domain over netlink, moves its data to
 //! the standby, watches the other host, takes over.
@@ -7,13 +7,12 @@
 //!
 //! | folder | holds |
 //! |---|---|
-//! | [`commands`] | what is done at once, and ends: `domain`, `doctor`, `status`, the raw steps |
+//! | [`commands`] | what is done at once, and ends: `domain`, `doctor`, `status`, `set`, the raw steps |
 //! | [`primary`] | `protect`: what it gathers, and [`primary::protect`], the loop |
 //! | [`standby`] | `standby`: what it gathers, [`standby::serve`] that receives, [`standby::takeover`] |
 //! | [`peer`] | the way to the other host |
 //! | [`host`] | what is on this host: kernel, virtual machine, memory |
 //! | [`report`] | what a running controller says of itself |
-
 
 mod args;
 mod commands;
@@ -35,30 +34,46 @@ use clap::Parser;
 
 use crate::args::{Cli, Command, Domain};
 use crate::commands::domain::Step;
-use crate::commands::{doctor, domain, status};
-use crate::config::Config;
+use crate::commands::{doctor, domain, keys, orders, papers, status, top};
+use crate::config::{new_pace, Config, Usage};
+use crate::host::kernel::Seal;
+use crate::report::live::Ask;
 
 fn main() -> ExitCode {
     match run(&Cli::parse()) {
         Ok(code) => ExitCode::from(code),
         Err(e) => {
-            eprintln!("remusctl: {e:#}");
-            ExitCode::from(1)
+            report::say::error(format_args!("{e:#}"));
+            ExitCode::from(if e.is::<Usage>() { 2 } else { 1 })
         }
     }
 }
 
 fn run(cli: &Cli) -> Result<u8> {
     match &cli.command {
-        Command::Doctor { json } => return Ok(u8::from(!doctor::run(*json)?)),
+        Command::Doctor { config, peer, json } => {
+            let fit = doctor::run(config.as_deref(), peer.as_deref(), *json)?;
+            return Ok(u8::from(!fit));
+        }
+        Command::Keys(keys) => domain::print(&keys::run(keys)?),
         Command::Protect(args) => return primary::protect(args, &cli.run_dir),
         Command::Standby(args) => return standby::standby(args, &cli.run_dir),
         Command::Status { name, json } => status::show(&cli.run_dir, name.as_deref(), *json)?,
+        Command::Top { name } => top::run(&cli.run_dir, name.as_deref())?,
+        Command::Events { name } => orders::events(&cli.run_dir, name.as_deref())?,
+        Command::Set { name, pace } => {
+            orders::order(&cli.run_dir, name, Ask::Pace(new_pace(pace)?))?;
+        }
+        Command::Failover { name } => orders::order(&cli.run_dir, name, Ask::Failover)?,
+        Command::Unprotect { name } => orders::order(&cli.run_dir, name, Ask::Unprotect)?,
+        Command::Man { dir } => papers::man(dir)?,
+        Command::Completions { shell } => papers::completions(*shell)?,
         Command::Domain(Domain::Add {
             name,
             memory,
             ports,
             limits,
+            passthrough,
             config,
             json,
         }) => {
@@ -68,7 +83,7 @@ fn run(cli: &Cli) -> Result<u8> {
             let (file_name, memory, ports) = config.as_ref().map_or_else(of_line, of_file);
             let limits = config.as_ref().map_or(*limits, |c| c.limits(limits));
             let name = name.as_ref().unwrap_or(&file_name);
-            domain::add(name, memory, &ports, &limits, *json)?;
+            domain::add(name, memory, &ports, &limits, *passthrough, *json)?;
         }
         Command::Domain(Domain::List { json }) => domain::list(*json)?,
         Command::Domain(Domain::Show { name, json }) => domain::show(name, *json)?,
@@ -76,11 +91,16 @@ fn run(cli: &Cli) -> Result<u8> {
             name,
             ports,
             limits,
+            passthrough,
             json,
-        }) => domain::set(name, ports, limits, *json)?,
+        }) => domain::set(name, ports, limits, *passthrough, *json)?,
         Command::Domain(Domain::Del { name, force }) => domain::del(name, *force)?,
         Command::Seal { name, full, json } => {
-            domain::step(name, Step::Seal { full: *full }, *json)?;
+            let how = Seal {
+                full: *full,
+                ..Seal::default()
+            };
+            domain::step(name, Step::Seal(how), *json)?;
         }
         Command::Commit(s) => domain::step(&s.name, Step::Commit(s.epoch), s.json)?,
         Command::Abort(s) => domain::step(&s.name, Step::Abort(s.epoch), s.json)?,

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 
 //! Which epochs a domain has: the open one, the sealed ones, the newest committed one.
 //!

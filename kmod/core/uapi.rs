@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 
 //! Names and numbers that the module shares with user space.
 //!
@@ -29,7 +29,7 @@ pub mod cmd {
     pub const EPOCH_COMMIT: u8 = 5;
     /// Fold a sealed epoch and all sealed after it into the open one.
     pub const EPOCH_ABORT: u8 = 6;
-    /// Change a domain's limits, or own it.
+    /// Change a domain's limits, whether its ports hold, or own it.
     pub const DOMAIN_SET: u8 = 7;
     /// Dump ports.
     pub const PORT_GET: u8 = 8;
@@ -96,7 +96,7 @@ pub mod attr {
     pub const IFINDEX: u16 = 18;
     /// Which packets are held, uint: [`super::direction`].
     pub const DIRECTION: u16 = 19;
-    /// Nothing is held until the next seal, flag.
+    /// Nothing is held until the next seal that does not keep it so, flag.
     pub const PASSTHROUGH: u16 = 20;
     /// Most packets held at once, uint.
     pub const LIMIT_PACKETS: u16 = 21;
@@ -132,8 +132,12 @@ pub mod attr {
     pub const COW_WAITS: u16 = 36;
     /// How many have the memory open, uint.
     pub const MEMORY_USERS: u16 = 37;
+    /// The seal leaves ports in passthrough in it, flag.
+    pub const KEEP_PASSTHROUGH: u16 = 38;
+    /// Everything is held from now on, flag.
+    pub const HOLD: u16 = 39;
     /// The highest attribute.
-    pub const MAX: u16 = MEMORY_USERS;
+    pub const MAX: u16 = HOLD;
 }
 
 /// What an attribute holds.
@@ -157,6 +161,8 @@ pub const TYPES: [Type; attr::MAX as usize] = {
     types[attr::PASSTHROUGH as usize - 1] = Type::Flag;
     types[attr::OWN as usize - 1] = Type::Flag;
     types[attr::ORPHANED as usize - 1] = Type::Flag;
+    types[attr::KEEP_PASSTHROUGH as usize - 1] = Type::Flag;
+    types[attr::HOLD as usize - 1] = Type::Flag;
     types
 };
 
@@ -196,7 +202,10 @@ pub const COMMANDS: &[Command] = &[
     ),
     Command::new(cmd::DOMAIN_DEL, &[attr::DOMAIN]),
     Command::new(cmd::DOMAIN_GET, &[attr::DOMAIN]),
-    Command::new(cmd::EPOCH_SEAL, &[attr::DOMAIN, attr::FULL]),
+    Command::new(
+        cmd::EPOCH_SEAL,
+        &[attr::DOMAIN, attr::FULL, attr::KEEP_PASSTHROUGH],
+    ),
     Command::new(cmd::EPOCH_COMMIT, &[attr::DOMAIN, attr::EPOCH]),
     Command::new(cmd::EPOCH_ABORT, &[attr::DOMAIN, attr::EPOCH]),
     Command::new(
@@ -208,6 +217,8 @@ pub const COMMANDS: &[Command] = &[
             attr::OWN,
             attr::COW_LIMIT,
             attr::COW_POLICY,
+            attr::PASSTHROUGH,
+            attr::HOLD,
         ],
     ),
     Command::new(cmd::PORT_GET, &[attr::DOMAIN]),
@@ -224,7 +235,7 @@ pub mod tca {
     pub const LIMIT_PACKETS: u16 = 3;
     /// Most bytes of memory held at once, u64.
     pub const LIMIT_BYTES: u16 = 4;
-    /// 1: pass everything until the domain's next seal; 0: hold from now on. u8.
+    /// 1: pass everything until the domain's next seal that does not keep it so; 0: hold from now on. u8.
     pub const PASSTHROUGH: u16 = 5;
     /// The highest attribute.
     pub const MAX: u16 = PASSTHROUGH;

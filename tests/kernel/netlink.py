@@ -29,9 +29,10 @@ ATTR = {n: i + 1 for i, n in enumerate(
     "domain memory device epoch open-epoch committed-epoch sealed-epochs packets bytes dropped "
     "dirty-pages resident-pages snapshot-pages ports duration-ns full port ifindex direction passthrough "
     "limit-packets limit-bytes held-memory dropped-limit dropped-memory dropped-discarded hold-last-ns "
-    "hold-max-ns own owner orphaned cow-limit cow-policy cow-peak cow-copies cow-waits memory-users".split())}
+    "hold-max-ns own owner orphaned cow-limit cow-policy cow-peak cow-copies cow-waits memory-users "
+    "keep-passthrough hold".split())}
 NAMES = {i: n for n, i in ATTR.items()}
-TEXTS, FLAGS = ("domain", "device", "port"), ("full", "passthrough", "own", "orphaned")
+TEXTS, FLAGS = ("domain", "device", "port"), ("full", "passthrough", "own", "orphaned", "keep-passthrough", "hold")
 TCA_DOMAIN, TCA_DIRECTION, TCA_LIMIT_PACKETS, TCA_LIMIT_BYTES, TCA_PASSTHROUGH = 1, 2, 3, 4, 5
 XSTATS = struct.Struct("=11Q2I")  # tca::Stats
 XSTATS_NAMES = ("open-epoch committed-epoch sealed-epochs packets bytes held-memory hold-last-ns hold-max-ns "
@@ -222,6 +223,11 @@ class Genl(Socket):
         """Attributes that were given, `cow_limit` for `cow-limit`."""
         return [(ATTR[n.replace("_", "-")], uint(v)) for n, v in named.items() if v is not None]
 
+    @staticmethod
+    def flags(**named):
+        """Flags that are true."""
+        return [(ATTR[n.replace("_", "-")], b"") for n, v in named.items() if v]
+
     def new(self, domain, memory=None, **more):
         return self.call("domain-new", domain, *self.numbers(memory=memory, **more))
 
@@ -234,8 +240,8 @@ class Genl(Socket):
     def dump(self):
         return self.raw(CMD["domain-get"], flags=DUMP)
 
-    def seal(self, domain, full=False):
-        return self.call("epoch-seal", domain, *([(16, b"")] if full else []))
+    def seal(self, domain, full=False, keep=False):
+        return self.call("epoch-seal", domain, *self.flags(full=full, keep_passthrough=keep))
 
     def commit(self, domain, epoch):
         return self.call("epoch-commit", domain, (4, uint(epoch)))
@@ -243,9 +249,9 @@ class Genl(Socket):
     def abort(self, domain, epoch):
         return self.call("epoch-abort", domain, (4, uint(epoch)))
 
-    def set(self, domain, packets=None, size=None, own=False, **more):
+    def set(self, domain, packets=None, size=None, own=False, passing=None, **more):
         attrs = self.numbers(limit_packets=packets, limit_bytes=size, **more)
-        return self.call("domain-set", domain, *attrs, *([(ATTR["own"], b"")] if own else []))
+        return self.call("domain-set", domain, *attrs, *self.flags(own=own, passthrough=passing is True, hold=passing is False))
 
     def discard(self, domain):
         return self.call("discard", domain)

@@ -52,9 +52,9 @@ def content(rng, kind, names=netlink.NAMES):
 
 def genl_attributes(rng, command):
     """The attributes of a request for the family, as bytes."""
-    wanted = {"domain-new": ["domain", "memory", "cow-limit", "cow-policy"], "epoch-seal": ["domain", "full"], "epoch-commit": ["domain", "epoch"],
+    wanted = {"domain-new": ["domain", "memory", "cow-limit", "cow-policy"], "epoch-seal": ["domain", "full", "keep-passthrough"], "epoch-commit": ["domain", "epoch"],
               "epoch-abort": ["domain", "epoch"], 
-              "domain-set": ["domain", "limit-packets", "limit-bytes", "own", "cow-limit", "cow-policy"]}
+              "domain-set": ["domain", "limit-packets", "limit-bytes", "own", "cow-limit", "cow-policy", "passthrough", "hold"]}
     kinds = [ATTR[n] for n in wanted.get(command, ["domain"]) if n == "domain" or rng.random() < 0.7]
     if command == "domain-new" and rng.random() < 0.7:
         kinds = kinds[:1]  # memory takes its time

@@ -15,15 +15,16 @@ import harness
 import net
 import netlink
 import ram
-from harness import Kid, Skip, same, scaled, test, true
+from harness import Kid, Skip, same, scaled, test, true, until
 from netlink import ATTR, CMD, EGRESS, GUEST, Listener, Refused, Rtnl, attr, options, text, u8, u32, u64, uint
 
 DOMAIN, MEMORY, EPOCH, FULL = (ATTR[n] for n in ("domain", "memory", "epoch", "full"))
+KEEP, PASSTHROUGH, HOLD = (ATTR[n] for n in ("keep-passthrough", "passthrough", "hold"))
 PACKETS, BYTES, OWN = (ATTR[n] for n in ("limit-packets", "limit-bytes", "own"))
 # What each command accepts besides the name.
 COW = {ATTR["cow-limit"], ATTR["cow-policy"]}
-ACCEPTS = {"domain-new": {MEMORY} | COW, "epoch-seal": {FULL}, "epoch-commit": {EPOCH}, "epoch-abort": {EPOCH},
-           "domain-set": {PACKETS, BYTES, OWN} | COW}
+ACCEPTS = {"domain-new": {MEMORY} | COW, "epoch-seal": {FULL, KEEP}, "epoch-commit": {EPOCH}, "epoch-abort": {EPOCH},
+           "domain-set": {PACKETS, BYTES, OWN, PASSTHROUGH, HOLD} | COW}
 
 
 def send(genl, command, attrs, **more):
@@ -147,7 +148,8 @@ def attributes(stack):
     genl.delete("bare")
     refused(lambda: genl.new("other", 4096, cow_policy=3), errno.EINVAL, bad=ATTR["cow-policy"], state=genl.dump)
     # A flag has no content.
-    for command, flag in ("epoch-seal", FULL), ("domain-set", OWN):
+    for command, flag in (("epoch-seal", FULL), ("epoch-seal", KEEP), ("domain-set", OWN), ("domain-set", PASSTHROUGH),
+                          ("domain-set", HOLD)):
         refused(lambda: genl.raw(CMD[command], [(DOMAIN, b"web\0"), (flag, u32(1))]), errno.EINVAL, errno.ERANGE, bad=flag, state=genl.dump)
     for command in "epoch-commit", "epoch-abort":
         refused(lambda: genl.raw(CMD[command], [(DOMAIN, b"web\0")]), errno.EINVAL, missing=EPOCH, state=genl.dump)
@@ -575,7 +577,7 @@ def owner(stack):
     own = netlink.Genl()
     owned(own.set("web", own=True), os.getpid())
     for what in (lambda: stranger.set("web", packets=5), lambda: stranger.set("web", size=5), lambda: stranger.set("web", own=True),
-                 lambda: stranger.set("web"), lambda: stranger.seal("web"), lambda: stranger.seal("web", full=True),
+                 lambda: stranger.set("web"), lambda: stranger.set("web", passing=True), lambda: stranger.set("web", passing=False), lambda: stranger.seal("web"), lambda: stranger.seal("web", full=True), lambda: stranger.seal("web", keep=True),
                  lambda: stranger.commit("web", 4), lambda: stranger.abort("web", 4), lambda: stranger.discard("web"),
                  lambda: stranger.delete("web")):
         refused(what, errno.EBUSY, state=lambda: (genl.dump(), genl.ports()))
@@ -612,6 +614,46 @@ def owner(stack):
     line.remove()
     stranger.end()
     ear.take("controller-gone")
+
+
+@test
+def owner_runs_on_alone(stack):
+    """The owner may let the ports pass, and hold again, which to `tc` and to others is refused."""
+    genl = stack.enter_context(netlink.Genl())
+    line = net.Line(stack, "guest", domain="web")
+    stranger = Stranger(stack)
+    line.send(1, 2)
+    own = netlink.Genl()
+    own.set("web", own=True)
+    own.seal("web")
+    state = lambda: (genl.dump(), genl.ports())  # noqa: E731
+    for passing in True, False:
+        refused(lambda: stranger.set("web", passing=passing), errno.EBUSY, bad=DOMAIN, state=state)
+    refused(lambda: own.set("web", passing=True), errno.EBUSY, bad=PASSTHROUGH, state=state)
+    own.abort("web", 1)
+    refused(lambda: line.rtnl.qdisc_change(line.device, options=options(passthrough=1)), errno.EBUSY, state=state)
+    line.receiver.nothing("all of it was refused")
+    own.set("web", passing=True)
+    line.receiver.expect([1, 2], "the owner let it go")
+    refused(lambda: stranger.set("web", passing=False), errno.EBUSY, bad=DOMAIN, state=state)
+    line.send(3)
+    line.receiver.expect([3], "it passes")
+    own.set("web", passing=False)
+    line.send(4)
+    line.receiver.nothing("the owner holds again")
+    # What the owner let pass goes on passing when it has gone.
+    own.set("web", passing=True)
+    own.close()
+    line.receiver.expect([4], "passing again")
+    until(lambda: "orphaned" in genl.get("web"), "the domain is orphaned")
+    line.send(5)
+    line.receiver.expect([5], "orphaned, as it was told")
+    same(stranger.set("web", passing=False)["packets"], 0, "anybody may now")
+    line.send(6)
+    line.receiver.nothing("held")
+    # One request for both.
+    owned(stranger.set("web", own=True, passing=True), stranger.kid.pid)
+    line.receiver.expect([6], "owned and passing")
 
 
 @test

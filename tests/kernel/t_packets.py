@@ -18,6 +18,7 @@ import netlink
 from harness import Kid, SEED, Skip, fails, same, scaled, test, true, until
 from net import KINDS, Line, Receiver, Sender
 from netlink import EGRESS, GUEST, Genl, Rtnl, options
+from ram import PAGE, Ram
 
 
 def each(kinds=KINDS):
@@ -784,3 +785,108 @@ def large_packets(stack):
         client.close()
         peer.close()
         rtnl.qdisc_del("t-big0")
+
+
+@each()
+def speaks_while_it_is_copied(stack, kind):
+    """keep-passthrough: seals of the memory hold nothing back; the first seal without it holds, at its instant."""
+    genl = stack.enter_context(Genl())
+    genl.new("web", 1 << 20)
+    stack.callback(genl.delete, "web")
+    line = Line(stack, kind, add=False)
+    line.add("web", passthrough=1)
+    # A second port of the domain holds all the while, by epoch.
+    held = Line(stack, "guest", domain="web")
+    stack.callback(line.remove)
+    stack.callback(held.remove)
+    with Ram("web") as device, device.map() as memory:
+        memory.write(0, bytes(4 * PAGE))
+        pages = [4, 1, 1, 1]
+        for epoch, want in enumerate(pages, 1):
+            line.send(epoch)
+            held.send(100 + epoch)
+            memory.write(PAGE, bytes([epoch]) * PAGE)
+            done = genl.seal("web", full=epoch == 1, keep=True)
+            same((done["epoch"], done["dirty-pages"], done["packets"]), (epoch, want, 1), "what the seal says")
+            same(device.epoch(epoch)[1], bytes([epoch]) * PAGE, "the snapshot")
+            line.receiver.expect([epoch], f"epoch {epoch} passes")
+            same(port_of(genl, line).get("passthrough"), True, "passthrough")
+        # Folded into the open one, and committed: nothing is held where it passes, nothing leaves where it holds.
+        same((genl.abort("web", 4)["packets"], genl.commit("web", 2)["packets"]), (1, 2), "abort 4, commit 2")
+        held.receiver.expect([101, 102], "commit 2", settle=0.03)
+        line.send(5)
+        line.receiver.expect([5], "after a commit")
+        # The one that ends it: what comes later is held, though epoch 3 still waits.
+        same(genl.seal("web")["epoch"], 5, "the last pass")
+        same(port_of(genl, line).get("passthrough"), None, "passthrough")
+        line.send(6, 7)
+        line.receiver.nothing("protection has begun")
+        same(genl.commit("web", 5)["packets"], 2, "what the last pass releases")  # 103 and 104
+        held.receiver.expect([103, 104], "commit 5", settle=0.03)
+        line.receiver.nothing("6 and 7 were sent after it")
+        # Now the flag keeps nothing.
+        same(genl.seal("web", keep=True)["packets"], 2, "a port that holds goes on")
+        line.send(8)
+        line.receiver.nothing("nothing is committed")
+        genl.commit("web", 6)
+        line.receiver.expect([6, 7], "commit 6", settle=0.03)
+        genl.commit("web", genl.seal("web")["epoch"])
+        line.receiver.expect([8], "commit 7")
+    same((line.receiver.drops(), genl.get("web")["dropped"]), (0, 0), "dropped")
+
+
+def port_of(genl, line):
+    port, = (p for p in genl.ports("web") if p["port"] == line.device)
+    return port
+
+
+def refusal(function):
+    try:
+        function()
+    except netlink.Refused as error:
+        return error
+    raise AssertionError("it was not refused")
+
+
+@each()
+def let_go_and_hold_again(stack, kind):
+    """domain-set with passthrough: all ports let go what they hold, in order; with hold they hold again."""
+    genl = stack.enter_context(Genl())
+    line = Line(stack, kind, domain="web")
+    other = Line(stack, "guest", domain="web")
+    count = 200
+    line.send(*range(count))
+    other.send(1)
+    genl.seal("web")
+    line.send(count)
+    error = refusal(lambda: genl.set("web", passing=True, packets=5))
+    same((error.errno, error.bad), (errno.EBUSY, netlink.ATTR["passthrough"]), f"the refusal ({error})")
+    true("sealed epochs wait" in error.message, error.message)
+    same((genl.get("web")["limit-packets"], genl.get("web")["packets"]), (0, count + 2), "after the refusal")
+    line.receiver.nothing("it was refused")
+    genl.abort("web", 1)
+    same(genl.set("web", passing=True)["packets"], 0, "held after passthrough")
+    line.receiver.expect(range(count + 1), "what was held, in order")
+    other.receiver.expect([1], "the other port")
+    line.send(500)
+    line.receiver.expect([500], "it passes")
+    # Once more changes nothing, even if epochs are sealed.
+    genl.seal("web", keep=True)
+    genl.set("web", passing=True)
+    line.send(501)
+    line.receiver.expect([501], "it passes")
+    genl.commit("web", 2)
+    genl.set("web", passing=False)
+    line.send(502)
+    other.send(2)
+    line.receiver.nothing("it holds")
+    # Not said: it stays.
+    genl.set("web", packets=1000)
+    line.receiver.nothing("it holds still")
+    same([p.get("passthrough") for p in genl.ports("web")], [None, None], "passthrough")
+    genl.commit("web", genl.seal("web")["epoch"])
+    line.receiver.expect([502], "and commits")
+    other.receiver.expect([2], "and commits")
+    error = refusal(lambda: genl.call("domain-set", "web", *genl.flags(passthrough=True, hold=True)))
+    same((error.errno, error.bad), (errno.EINVAL, netlink.ATTR["hold"]), f"both at once ({error})")
+    same(genl.get("web")["dropped"], 0, "dropped")

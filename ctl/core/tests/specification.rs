@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 
 //! `docs/netlink/remus.yaml` and `kmod/core/uapi.rs` say the same, in both directions; and this test
 //! would notice if they did not.

@@ -1,10 +1,11 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 
-//! What the two hosts say to each other, and the page records that the RAM device hands out.
+//! Frames: what the two hosts say to each other, and the page records that the RAM device hands out.
 //!
-//! # The stream
+//! # The streams
 //!
-//! One ordered byte stream (TCP), opened by the primary. Each side sends frames: a [`Header`] of
+//! Two ordered byte streams (TCP, with TLS 1.3 within), both opened by the primary: *control* for what
+//! is small and must not wait, *data* for the epochs. Each side sends frames: a [`Header`] of
 //! [`HEADER_SIZE`] bytes, then `length` bytes of payload, at most [`PAYLOAD_MAX`]. All numbers are
 //! little endian. The header carries a CRC32C of the payload and one of itself, so the length is
 //! known to be right before anything is allocated or read for it.
@@ -12,7 +13,7 @@
 //! ```text
 //!  offset  bytes
 //!       0      4  magic "RMUS"
-//!       4      2  version, 1
+//!       4      2  version, 2
 //!       6      2  kind
 //!       8      8  generation
 //!      16      8  epoch (0 where the kind has none)
@@ -24,40 +25,52 @@
 //! # The conversation
 //!
 //! ```text
-//!  primary                                            standby
-//!     │ Hello (memory, page size, name, timings)         │
-//!     │ ───────────────────────────────────────────────▶ │ fits? else Error, and close
-//!     │ ◀─────────────────────────────────────── Welcome │
-//!     │ EpochBegin N (base)                              │
-//!     │ Pages N …                                        │ staged; an epoch with base 0 is the
-//!     │ DeviceState N …                                  │ whole machine and may be written at once,
-//!     │ EpochEnd N (how many pages, bytes of state)      │ as there is nothing yet to resume from
-//!     │ ───────────────────────────────────────────────▶ │ whole? else Error, and close
-//!     │ ◀───────────────────────────────────────── Ack N │ then N is applied
-//!     │                                                  │
-//!     │ ◀──────────────── Heartbeat, both ways ────────▶ │ at any time between frames
-//!     │ ◀────────────────── Bye, Error ────────────────▶ │ the last frame of its sender
+//!  primary                                              standby
+//!     │ control: Hello (memory, name, run, timeout)        │
+//!     │ ─────────────────────────────────────────────────▶ │ fits? else Error or TakenOver, and close
+//!     │ ◀──────────── control: Welcome (token, epoch held) │
+//!     │ data: Attach (token)                               │
+//!     │ ─────────────────────────────────────────────────▶ │
+//!     │ data: EpochBegin N (base)                          │
+//!     │       Pages N …                                    │ staged; with base 0 written at once, as
+//!     │       DeviceState N …                              │ there is nothing yet to resume from
+//!     │       EpochEnd N (how many pages, bytes of state)  │
+//!     │ ─────────────────────────────────────────────────▶ │ whole? else Error, and close
+//!     │ ◀────────────────────────────────── control: Ack N │ then N is applied
+//!     │                                                    │
+//!     │ ◀────────── control: Heartbeat, both ways ───────▶ │ at any time
+//!     │ ◀──────────── control: Bye, Error ───────────────▶ │ the last frame of its sender
+//!     │ control: Handover N ─────────────────────────────▶ │ a planned switch: N is committed
+//!     │ ◀──────────────────────────────── control: Resumed │ the guest runs there
 //! ```
 //!
-//! What the receiver of epochs accepts in which state; all else is an error that ends the stream:
+//! What the receiver of epochs accepts on the data stream; all else is an error that ends both:
 //!
 //! ```text
-//!  new ──Hello──▶ idle ──EpochBegin N, base = last whole epoch──▶ in N ──EpochEnd N──▶ idle
-//!                  │                                               │ Pages N, DeviceState N: in N
-//!                  └── Bye: end in good order            Bye, end of stream: N is dropped
+//!            EpochBegin N, base = newest whole epoch
+//!  Attach ──▶ idle ─────────────────────────────────▶ in N ──┐ Pages N,
+//!              ▲                                      │  ▲   │ DeviceState N
+//!              │   EpochEnd N with device state:      │  └───┘
+//!              ├── N is whole: Ack N ◀────────────────┤
+//!              │   EpochEnd N without, and base 0:    │
+//!              └── a pass of the first copy ◀─────────┘   end of stream anywhere: N is dropped
 //! ```
 //!
-//! - `base` is the epoch on top of which the pages are to be put; 0 means that they are all there is.
-//!   It has to be the last epoch that the standby holds whole, so an epoch cannot be missed.
-//! - Page numbers ascend within an epoch. This bounds what has to be staged by the memory's size.
+//! - `base` is the epoch on top of which the pages are to be put. It has to be the newest that the
+//!   standby holds whole, so that no epoch can be missed; 0 if it holds none. Then the first copy comes
+//!   in passes: each is sent while the guest runs and holds what the one before has missed; the last one
+//!   has the device state.
+//! - Page numbers ascend within a [`Kind::Pages`] frame.
 //! - `Ack N` is cumulative, and is the only thing that allows the primary to commit N.
-//! - The primary stamps heartbeats and the ends of epochs with its own clock, and the standby sends the
-//!   newest stamp that it has seen back with heartbeats and acknowledgements. The standby waits for its
-//!   timeout after it has heard something before it takes over, so until stamp + timeout it has not: the
+//! - The primary stamps heartbeats with its own clock, and the standby sends the newest stamp that it
+//!   has seen back with heartbeats and acknowledgements. The standby waits for its timeout after it has
+//!   heard something on the control stream before it takes over, so until stamp + timeout it has not: the
 //!   primary commits only before that (a lease, without clocks that agree). An acknowledgement that
 //!   was long on its way, or that waited in a stopped process, releases nothing until a newer stamp
 //!   is back.
-//! - After `Bye` the standby does not take over. A stream that ends without it is a failure.
+//! - After `Bye` the standby does not take over. After `Error` from the primary it does at once: the
+//!   primary commits nothing any more. After any other end it waits for the timeout: a primary of the
+//!   same `run` may come back meanwhile, is told the newest epoch held, and goes on from there.
 //! - Breaking changes bump [`VERSION`].
 
 pub use crc32c::crc32c;
@@ -67,7 +80,7 @@ use remus_core::uapi::NAME_MAX;
 /// First bytes of every frame.
 pub const MAGIC: [u8; 4] = *b"RMUS";
 /// Version of the protocol.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Bytes in a frame's header.
 pub const HEADER_SIZE: usize = 36;
 /// Most bytes in a frame's payload.
@@ -128,11 +141,11 @@ pub enum Kind {
     Welcome = 2,
     /// An epoch begins; payload [`EpochBegin`].
     EpochBegin = 3,
-    /// Pages of the epoch; payload [`records`].
+    /// Pages of the epoch; payload [`crate::pages`].
     Pages = 4,
     /// A piece of the epoch's device state; payload the bytes.
     DeviceState = 5,
-    /// The epoch is whole; payload [`EpochEnd`].
+    /// All of the epoch, or of a pass, was sent; payload [`EpochEnd`].
     EpochEnd = 6,
     /// The standby holds this epoch and all before it; payload [`Stamp`].
     Ack = 7,
@@ -142,6 +155,14 @@ pub enum Kind {
     Bye = 9,
     /// The sender ends the stream because of an error; payload what it is, UTF-8.
     Error = 10,
+    /// Primary's first frame on the data stream; payload [`Token`].
+    Attach = 11,
+    /// The primary has committed this epoch and stopped: take over from it now. No payload.
+    Handover = 12,
+    /// The guest runs on the standby, in the generation of the header. No payload.
+    Resumed = 13,
+    /// Standby's answer to [`Kind::Hello`]: the domain runs here by now; payload what to do, UTF-8.
+    TakenOver = 14,
 }
 
 impl Kind {
@@ -158,6 +179,10 @@ impl Kind {
             8 => Self::Heartbeat,
             9 => Self::Bye,
             10 => Self::Error,
+            11 => Self::Attach,
+            12 => Self::Handover,
+            13 => Self::Resumed,
+            14 => Self::TakenOver,
             _ => return None,
         })
     }
@@ -264,7 +289,7 @@ impl Header {
 }
 
 /// Most bytes in a [`Hello`].
-pub const HELLO_MAX: usize = 20 + NAME_MAX;
+pub const HELLO_MAX: usize = 32 + NAME_MAX;
 
 /// Payload of [`Kind::Hello`]: what is to be protected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -273,10 +298,10 @@ pub struct Hello<'a> {
     pub memory: u64,
     /// Bytes in a page.
     pub page_size: u32,
-    /// Time between two epochs, in milliseconds.
-    pub interval_ms: u32,
     /// Silence after which the primary gives the standby up, in milliseconds.
     pub timeout_ms: u32,
+    /// A random number of the primary's process: who comes back with it may go on where it was.
+    pub run: u128,
     /// Name of the domain.
     pub name: &'a str,
 }
@@ -291,8 +316,8 @@ impl<'a> Hello<'a> {
         let mut to = Writer { bytes: out, at: 0 };
         to.put(&self.memory.to_le_bytes());
         to.put(&self.page_size.to_le_bytes());
-        to.put(&self.interval_ms.to_le_bytes());
         to.put(&self.timeout_ms.to_le_bytes());
+        to.put(&self.run.to_le_bytes());
         to.put(self.name.as_bytes());
         Ok(to.at)
     }
@@ -302,8 +327,8 @@ impl<'a> Hello<'a> {
         let mut from = Reader { bytes: payload };
         let memory = u64::from_le_bytes(from.take()?);
         let page_size = u32::from_le_bytes(from.take()?);
-        let interval_ms = u32::from_le_bytes(from.take()?);
         let timeout_ms = u32::from_le_bytes(from.take()?);
+        let run = u128::from_le_bytes(from.take()?);
         if from.bytes.is_empty() || from.bytes.len() > NAME_MAX {
             return Err(WireError::Length);
         }
@@ -311,8 +336,8 @@ impl<'a> Hello<'a> {
         Ok(Self {
             memory,
             page_size,
-            interval_ms,
             timeout_ms,
+            run,
             name,
         })
     }
@@ -323,20 +348,57 @@ impl<'a> Hello<'a> {
 pub struct Welcome {
     /// Silence after which the standby gives the primary up, in milliseconds.
     pub timeout_ms: u32,
+    /// The newest epoch of this run that the standby holds whole, 0 if there is none.
+    pub held: u64,
+    /// What the data stream has to begin with.
+    pub token: Token,
 }
 
 impl Welcome {
     /// As bytes.
-    pub fn encode(&self) -> [u8; 4] {
-        self.timeout_ms.to_le_bytes()
+    pub fn encode(&self) -> [u8; 28] {
+        let mut bytes = [0; 28];
+        let mut to = Writer {
+            bytes: &mut bytes,
+            at: 0,
+        };
+        to.put(&self.timeout_ms.to_le_bytes());
+        to.put(&self.held.to_le_bytes());
+        to.put(&self.token.encode());
+        bytes
     }
 
     /// From a whole payload.
     pub fn decode(payload: &[u8]) -> Result<Self, WireError> {
         let mut from = Reader { bytes: payload };
         let timeout_ms = u32::from_le_bytes(from.take()?);
+        let held = u64::from_le_bytes(from.take()?);
+        let token = Token(u128::from_le_bytes(from.take()?));
         from.end()?;
-        Ok(Self { timeout_ms })
+        Ok(Self {
+            timeout_ms,
+            held,
+            token,
+        })
+    }
+}
+
+/// Payload of [`Kind::Attach`]: the random number that ties the data stream to its control stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Token(pub u128);
+
+impl Token {
+    /// As bytes.
+    pub fn encode(&self) -> [u8; 16] {
+        self.0.to_le_bytes()
+    }
+
+    /// From a whole payload.
+    pub fn decode(payload: &[u8]) -> Result<Self, WireError> {
+        let mut from = Reader { bytes: payload };
+        let token = u128::from_le_bytes(from.take()?);
+        from.end()?;
+        Ok(Self(token))
     }
 }
 
@@ -385,25 +447,22 @@ impl EpochBegin {
 /// Payload of [`Kind::EpochEnd`]: what must have arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EpochEnd {
-    /// Pages of the epoch.
+    /// Pages sent; those that were rewritten with what they held are not.
     pub pages: u64,
-    /// Bytes of device state.
+    /// Bytes of device state; 0 for a pass of the first copy, after which nothing is whole.
     pub state: u64,
-    /// When this was sent, as [`Stamp`].
-    pub stamp: u64,
 }
 
 impl EpochEnd {
     /// As bytes.
-    pub fn encode(&self) -> [u8; 24] {
-        let mut bytes = [0; 24];
+    pub fn encode(&self) -> [u8; 16] {
+        let mut bytes = [0; 16];
         let mut to = Writer {
             bytes: &mut bytes,
             at: 0,
         };
         to.put(&self.pages.to_le_bytes());
         to.put(&self.state.to_le_bytes());
-        to.put(&self.stamp.to_le_bytes());
         bytes
     }
 
@@ -412,20 +471,15 @@ impl EpochEnd {
         let mut from = Reader { bytes: payload };
         let pages = u64::from_le_bytes(from.take()?);
         let state = u64::from_le_bytes(from.take()?);
-        let stamp = u64::from_le_bytes(from.take()?);
         from.end()?;
-        Ok(Self {
-            pages,
-            state,
-            stamp,
-        })
+        Ok(Self { pages, state })
     }
 }
 
 /// The page records in `bytes`: number and content of each. Fails with [`WireError::Length`] unless
 /// there is a whole number of them.
 pub fn records(bytes: &[u8]) -> Result<impl Iterator<Item = (u64, &[u8; PAGE_SIZE])>, WireError> {
-    if bytes.len() % RECORD_SIZE != 0 {
+    if !bytes.len().is_multiple_of(RECORD_SIZE) {
         return Err(WireError::Length);
     }
     Ok(bytes.chunks_exact(RECORD_SIZE).filter_map(|record| {

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 
 //! The wire codec: what is written is read, what is damaged is refused, nothing panics.
 
@@ -10,7 +10,7 @@ use remus_core::uapi::NAME_MAX;
 use remus_proto::frame::*;
 
 fn kind() -> impl Strategy<Value = Kind> {
-    (1u16..11).prop_map(|n| Kind::from_u16(n).unwrap())
+    (1u16..15).prop_map(|n| Kind::from_u16(n).unwrap())
 }
 
 /// Reads a frame as the receivers do.
@@ -94,35 +94,38 @@ proptest! {
     fn payloads_round_trip(
         memory: u64,
         page_size: u32,
-        interval_ms: u32,
         timeout_ms: u32,
+        run: u128,
+        token: u128,
+        held: u64,
         name in "[a-z0-9][a-z0-9._-]{0,30}",
         base: u64,
         pages: u64,
         state: u64,
         stamp: u64,
     ) {
-        let hello = Hello { memory, page_size, interval_ms, timeout_ms, name: &name };
+        let hello = Hello { memory, page_size, timeout_ms, run, name: &name };
         let mut out = [0; HELLO_MAX];
         let length = hello.encode(&mut out).unwrap();
         prop_assert_eq!(Hello::decode(&out[..length]), Ok(hello));
-        for end in 0..21 {
+        for end in 0..33 {
             prop_assert_eq!(Hello::decode(&out[..end]).err(), Some(WireError::Length));
         }
         let begin = EpochBegin { base }.encode();
         prop_assert_eq!(EpochBegin::decode(&begin), Ok(EpochBegin { base }));
-        let end = EpochEnd { pages, state, stamp }.encode();
-        prop_assert_eq!(EpochEnd::decode(&end), Ok(EpochEnd { pages, state, stamp }));
-        for cut in 0..24 {
+        let end = EpochEnd { pages, state }.encode();
+        prop_assert_eq!(EpochEnd::decode(&end), Ok(EpochEnd { pages, state }));
+        for cut in 0..16 {
             prop_assert!(EpochEnd::decode(&end[..cut]).is_err());
             prop_assert!(cut == 8 || EpochBegin::decode(&end[..cut]).is_err());
         }
         prop_assert!(EpochBegin::decode(&end).is_err());
         prop_assert_eq!(Stamp::decode(&Stamp(stamp).encode()), Ok(Stamp(stamp)));
         prop_assert!(Stamp::decode(&end).is_err() && Stamp::decode(&end[..7]).is_err());
-        let welcome = Welcome { timeout_ms };
+        let welcome = Welcome { timeout_ms, held, token: Token(token) };
         prop_assert_eq!(Welcome::decode(&welcome.encode()), Ok(welcome));
-        prop_assert!(Welcome::decode(&end).is_err() && Welcome::decode(&end[..3]).is_err());
+        prop_assert_eq!(Token::decode(&Token(token).encode()), Ok(Token(token)));
+        prop_assert!(Welcome::decode(&end).is_err() && Token::decode(&end[..15]).is_err());
     }
 
     #[test]
@@ -164,7 +167,7 @@ fn checksum_of_the_standard() {
 fn golden_frame() {
     let (_, bytes) = frame(Kind::Ack, 2, 0x0102_0304_0506_0708, b"");
     let want = [
-        0x52, 0x4d, 0x55, 0x53, 1, 0, 7, 0, 2, 0, 0, 0, 0, 0, 0, 0, 8, 7, 6, 5, 4, 3, 2, 1, 0, 0,
+        0x52, 0x4d, 0x55, 0x53, 2, 0, 7, 0, 2, 0, 0, 0, 0, 0, 0, 0, 8, 7, 6, 5, 4, 3, 2, 1, 0, 0,
         0, 0, 0, 0, 0, 0,
     ];
     assert_eq!(&bytes[..32], &want);
@@ -199,8 +202,8 @@ fn limits() {
     let hello = Hello {
         memory: 0,
         page_size: 0,
-        interval_ms: 0,
         timeout_ms: 0,
+        run: 0,
         name: &name,
     };
     assert_eq!(hello.encode(&mut [0; HELLO_MAX]), Err(WireError::Length));

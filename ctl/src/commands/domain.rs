@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 
 //! Creating, showing and deleting domains, and the raw steps on their epochs.
 
@@ -13,7 +13,7 @@ use serde_json::{json, Value};
 
 use crate::args::{CowPolicy, Limits};
 use crate::config::{check_fits, check_name};
-use crate::host::kernel::{Domain, Done, Kernel};
+use crate::host::kernel::{Domain, Done, Kernel, Seal};
 use crate::host::link::{Links, Port};
 use crate::host::netlink::{refusal, Remus};
 use crate::say;
@@ -35,6 +35,7 @@ pub fn add(
     memory: Option<u64>,
     ports: &[String],
     limits: &Limits,
+    passthrough: bool,
     as_json: bool,
 ) -> Result<()> {
     check_name(name)?;
@@ -57,6 +58,12 @@ pub fn add(
     }
     for port in ports {
         if let Err(e) = links.add_port(port, name) {
+            undo(&mut kernel, &mut links, name);
+            return Err(e);
+        }
+    }
+    if passthrough {
+        if let Err(e) = kernel.set_passthrough(name, true) {
             undo(&mut kernel, &mut links, name);
             return Err(e);
         }
@@ -84,8 +91,14 @@ fn undo(kernel: &mut Remus, links: &mut Links, name: &str) {
 }
 
 /// Changes limits of a domain, and makes interfaces its ports. If anything fails, it is as before.
-pub fn set(name: &str, ports: &[String], limits: &Limits, as_json: bool) -> Result<()> {
-    if *limits == Limits::default() && ports.is_empty() {
+pub fn set(
+    name: &str,
+    ports: &[String],
+    limits: &Limits,
+    passthrough: Option<bool>,
+    as_json: bool,
+) -> Result<()> {
+    if *limits == Limits::default() && ports.is_empty() && passthrough.is_none() {
         bail!("nothing to change is named: see remusctl domain set --help");
     }
     let mut kernel = Remus::connect()?;
@@ -95,6 +108,13 @@ pub fn set(name: &str, ports: &[String], limits: &Limits, as_json: bool) -> Resu
     let mut change = || {
         for port in ports {
             links.add_port(port, name)?;
+        }
+        if let Some(passthrough) = passthrough {
+            if passthrough {
+                // What a controller has left.
+                abort_all(&mut kernel, name)?;
+            }
+            kernel.set_passthrough(name, passthrough)?;
         }
         kernel.domain_set(name, limits)
     };
@@ -290,10 +310,7 @@ fn human(bytes: u64) -> String {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// Seal the open epoch, with every page that exists if told so.
-    Seal {
-        /// Count every page that exists as written.
-        full: bool,
-    },
+    Seal(Seal),
     /// Commit an epoch and all before it; the newest sealed one if none is named.
     Commit(Option<u64>),
     /// Abort an epoch and all after it; the oldest sealed one if none is named.
@@ -306,7 +323,7 @@ pub enum Step {
 pub fn step(name: &str, step: Step, as_json: bool) -> Result<()> {
     let mut kernel = Remus::connect()?;
     let (verb, done) = match step {
-        Step::Seal { full } => ("sealed", kernel.seal(name, full)?),
+        Step::Seal(how) => ("sealed", kernel.seal(name, how)?),
         Step::Commit(Some(epoch)) => ("committed", kernel.commit(name, epoch)?),
         Step::Abort(Some(epoch)) => ("aborted", kernel.abort(name, epoch)?),
         Step::Discard => {
@@ -387,4 +404,11 @@ pub fn abort_all(kernel: &mut dyn Kernel, name: &str) -> Result<bool> {
     // The oldest one takes all the others along.
     first_sealed(oldest_first(&domain), |e| kernel.abort(name, e))?;
     Ok(true)
+}
+
+/// Folds what is sealed after `epoch`, which a standby holds, into the open epoch.
+pub fn abort_after(kernel: &mut dyn Kernel, domain: &Domain, epoch: u64) {
+    let later = oldest_first(domain).filter(|e| *e > epoch);
+    // There may be none: the numbers after it are those of epochs that were aborted before.
+    let _ = first_sealed(later, |e| kernel.abort(&domain.domain, e));
 }

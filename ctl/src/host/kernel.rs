@@ -1,12 +1,16 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 
 //! What the loops need from the kernel, the virtual machine and its memory, as traits, so that tests
 //! can put models in their place.
 
+use std::time::Duration;
+
 use anyhow::Result;
+use remus_core::uapi::ram::PAGE_SIZE;
 use serde::Serialize;
 
 use crate::args::CowPolicy;
+use crate::host::events::Event;
 
 /// State of a domain, as `domain-get` describes it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -64,6 +68,47 @@ pub struct Domain {
     pub orphaned: bool,
 }
 
+/// Which packets of a port are held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Direction {
+    /// What the guest behind the device sends.
+    Guest,
+    /// What the host sends out of the device.
+    Egress,
+}
+
+/// State of a port, as `port-get` describes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Port {
+    /// Its domain.
+    pub domain: String,
+    /// Its network interface.
+    pub port: String,
+    /// Which packets are held.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub direction: Option<Direction>,
+    /// Nothing is held until the next seal.
+    pub passthrough: bool,
+    /// Packets held.
+    pub packets: u64,
+    /// Bytes of these.
+    pub bytes: u64,
+    /// Memory that they take, in bytes.
+    pub held_memory: u64,
+    /// Most packets held at once.
+    pub limit_packets: u64,
+    /// Most memory that they may take, in bytes.
+    pub limit_bytes: u64,
+    /// Packets dropped.
+    pub dropped: u64,
+    /// How long the first packet of the epoch committed last was held, in nanoseconds.
+    pub hold_last_ns: u64,
+    /// The longest such time.
+    pub hold_max_ns: u64,
+}
+
 /// What a seal, commit or abort did.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -82,17 +127,35 @@ pub struct Done {
     pub duration_ns: u64,
 }
 
+/// How to seal an epoch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Seal {
+    /// Every page that exists belongs to the epoch.
+    pub full: bool,
+    /// Ports in passthrough stay in it: the domain is not protected yet. Otherwise the seal ends it.
+    pub keep_passthrough: bool,
+}
+
 /// The epochs of domains. Every call fails with the kernel's refusal if it is refused, and has then
 /// changed nothing.
 pub trait Kernel: Send {
     /// Describes a domain.
     fn get(&mut self, domain: &str) -> Result<Domain>;
-    /// Seals the open epoch; with `full`, every page that exists belongs to it.
-    fn seal(&mut self, domain: &str, full: bool) -> Result<Done>;
+    /// Seals the open epoch.
+    fn seal(&mut self, domain: &str, how: Seal) -> Result<Done>;
     /// Commits a sealed epoch and all before it.
     fn commit(&mut self, domain: &str, epoch: u64) -> Result<Done>;
     /// Folds a sealed epoch and all after it into the open one.
     fn abort(&mut self, domain: &str, epoch: u64) -> Result<Done>;
+    /// Lets all ports pass everything, what they hold first, or has them hold from now on. Letting pass is
+    /// refused while epochs are sealed: abort them first.
+    fn set_passthrough(&mut self, domain: &str, on: bool) -> Result<()>;
+}
+
+/// What a primary hears of its domain without asking.
+pub trait Hearing: Send {
+    /// The next event, or nothing after `patience`.
+    fn hear(&mut self, patience: Duration) -> Result<Option<Event>>;
 }
 
 /// The pages of sealed epochs.
@@ -110,16 +173,26 @@ pub trait Guest: Send {
     fn save(&mut self) -> Result<Vec<u8>>;
     /// Lets it go on.
     fn resume(&mut self) -> Result<()>;
+    /// Whether it runs.
+    fn runs(&mut self) -> Result<bool>;
+    /// Ends it, without a word to what runs in it.
+    fn quit(&mut self) -> Result<()>;
     /// Why it has come to an orderly end, if it has: it must not be brought back then.
     fn ended(&mut self) -> Option<String>;
 }
 
 /// The memory of the virtual machine on the standby.
 pub trait Image: Send {
-    /// Fails if there is no use in another epoch, as the virtual machine that waits has ended.
-    fn ready(&mut self) -> Result<()>;
+    /// Reads one page.
+    fn read(&mut self, page: u64, to: &mut [u8; PAGE_SIZE]) -> Result<()>;
     /// Writes one page.
-    fn write(&mut self, page: u64, content: &[u8]) -> Result<()>;
+    fn write(&mut self, page: u64, content: &[u8; PAGE_SIZE]) -> Result<()>;
+}
+
+/// The process of the virtual machine that waits on the standby.
+pub trait Machine: Send {
+    /// Fails if there is no use in another epoch, as it has ended.
+    fn ready(&mut self) -> Result<()>;
 }
 
 /// The virtual machine that waits on the standby.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 
 //! Network interfaces and their qdiscs, by rtnetlink, in this network namespace.
 

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 
 //! The generic netlink family `remus`: docs/netlink/remus.yaml.
 
@@ -15,7 +15,7 @@ use remus_core::uapi::{self, attr, cmd};
 use rustix::io::Errno;
 
 use crate::args::{CowPolicy, Limits};
-use crate::host::kernel::{Domain, Done, Kernel};
+use crate::host::kernel::{Direction, Domain, Done, Kernel, Port, Seal};
 use crate::host::nlsock::{attributes, NlSock, Refusal, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST};
 
 /// The controller's family (`GENL_ID_CTRL`), which finds families by name.
@@ -23,6 +23,9 @@ const CTRL: u16 = 0x10;
 const CTRL_CMD_GETFAMILY: u8 = 3;
 const CTRL_ATTR_FAMILY_ID: u16 = 1;
 const CTRL_ATTR_FAMILY_NAME: u16 = 2;
+const CTRL_ATTR_MCAST_GROUPS: u16 = 7;
+const CTRL_ATTR_MCAST_GRP_NAME: u16 = 1;
+const CTRL_ATTR_MCAST_GRP_ID: u16 = 2;
 
 /// A client of the family. Commands wait for the kernel's answer; use one client for each thread.
 pub struct Remus {
@@ -30,8 +33,52 @@ pub struct Remus {
     family: u16,
 }
 
+/// What the kernel calls the family now.
+pub(super) struct Family {
+    pub(super) id: u16,
+    /// The multicast group of its events.
+    pub(super) events: u32,
+}
+
+/// Opens a socket, and finds the family. Fails with a hint if the module is not loaded.
+pub(super) fn open() -> Result<(NlSock, Family)> {
+    let mut socket = NlSock::open(NETLINK_GENERIC)?;
+    let request = encode(
+        CTRL,
+        CTRL_CMD_GETFAMILY,
+        NLM_F_ACK,
+        &[(CTRL_ATTR_FAMILY_NAME, Value::Text(uapi::FAMILY))],
+    )?;
+    let answers = socket.request(request).map_err(|e| match refusal(&e) {
+        Some(r) if r.errno() == Errno::NOENT => {
+            anyhow!("the kernel module is not loaded: insmod remus_buf.ko (as root)")
+        }
+        _ => e.context("cannot look for the kernel module"),
+    })?;
+    let family = answers
+        .first()
+        .and_then(|message| family(message.get(20..)?))
+        .context("the kernel's list of netlink families makes no sense")?;
+    Ok((socket, family))
+}
+
+/// The family that these attributes of an answer are about.
+fn family(bytes: &[u8]) -> Option<Family> {
+    let find = |bytes, kind| attributes(bytes).find(|a| a.0 == kind).map(|a| a.1);
+    let id = u16::from_ne_bytes(*find(bytes, CTRL_ATTR_FAMILY_ID)?.first_chunk()?);
+    let events = attributes(find(bytes, CTRL_ATTR_MCAST_GROUPS)?)
+        .find(|(_, group)| {
+            find(group, CTRL_ATTR_MCAST_GRP_NAME).is_some_and(|name| text(name) == uapi::EVENTS)
+        })
+        .and_then(|(_, group)| find(group, CTRL_ATTR_MCAST_GRP_ID)?.first_chunk().copied())?;
+    Some(Family {
+        id,
+        events: u32::from_ne_bytes(events),
+    })
+}
+
 /// An attribute to send.
-enum Value<'a> {
+pub(super) enum Value<'a> {
     Text(&'a str),
     Uint(u64),
     Flag,
@@ -40,26 +87,7 @@ enum Value<'a> {
 impl Remus {
     /// Finds the family. Fails with a hint if the module is not loaded.
     pub fn connect() -> Result<Self> {
-        let mut socket = NlSock::open(NETLINK_GENERIC)?;
-        let request = encode(
-            CTRL,
-            CTRL_CMD_GETFAMILY,
-            NLM_F_ACK,
-            &[(CTRL_ATTR_FAMILY_NAME, Value::Text(uapi::FAMILY))],
-        )?;
-        let answers = socket.request(request).map_err(|e| match refusal(&e) {
-            Some(r) if r.errno() == Errno::NOENT => {
-                anyhow!("the kernel module is not loaded: insmod remus_buf.ko (as root)")
-            }
-            _ => e.context("cannot look for the kernel module"),
-        })?;
-        let family = answers
-            .first()
-            .and_then(|m| {
-                let (_, id) = attributes(m.get(20..)?).find(|a| a.0 == CTRL_ATTR_FAMILY_ID)?;
-                Some(u16::from_ne_bytes(*id.first_chunk()?))
-            })
-            .context("the kernel's list of netlink families makes no sense")?;
+        let (socket, Family { id: family, .. }) = open()?;
         Ok(Self { socket, family })
     }
 
@@ -117,12 +145,7 @@ impl Remus {
 
     /// Throws all packets away that are not committed.
     pub fn discard(&mut self, domain: &str) -> Result<Done> {
-        self.epoch(
-            "discard the packets of",
-            cmd::DISCARD,
-            domain,
-            (0, Value::Flag),
-        )
+        self.epoch("discard the packets of", cmd::DISCARD, domain, [])
     }
 
     /// Describes all domains.
@@ -130,6 +153,18 @@ impl Remus {
         let answers = self
             .call(cmd::DOMAIN_GET, NLM_F_DUMP, &[])
             .context("cannot list domains")?;
+        answers.iter().map(|m| Ok(decode(m)?.into())).collect()
+    }
+
+    /// Describes the ports of one domain, or of all.
+    pub fn ports(&mut self, domain: Option<&str>) -> Result<Vec<Port>> {
+        let attrs: Vec<_> = domain
+            .map(|d| (attr::DOMAIN, Value::Text(d)))
+            .into_iter()
+            .collect();
+        let answers = self
+            .call(cmd::PORT_GET, NLM_F_DUMP, &attrs)
+            .context("cannot list ports")?;
         answers.iter().map(|m| Ok(decode(m)?.into())).collect()
     }
 
@@ -152,12 +187,15 @@ impl Remus {
         }
     }
 
-    fn epoch(&mut self, what: &str, cmd: u8, domain: &str, more: (u16, Value<'_>)) -> Result<Done> {
+    fn epoch<'a>(
+        &mut self,
+        what: &str,
+        cmd: u8,
+        domain: &'a str,
+        more: impl IntoIterator<Item = (u16, Value<'a>)>,
+    ) -> Result<Done> {
         let mut attrs = vec![(attr::DOMAIN, Value::Text(domain))];
-        // An attribute 0 stands for none.
-        if more.0 != 0 {
-            attrs.push(more);
-        }
+        attrs.extend(more);
         self.one(cmd, &attrs)
             .map_err(|e| explain(e, domain))
             .with_context(|| format!("cannot {what} domain {domain}"))
@@ -171,13 +209,17 @@ impl Kernel for Remus {
             .with_context(|| format!("domain {domain}"))
     }
 
-    fn seal(&mut self, domain: &str, full: bool) -> Result<Done> {
-        let full = if full { attr::FULL } else { 0 };
+    fn seal(&mut self, domain: &str, how: Seal) -> Result<Done> {
+        let flags = [
+            (how.full, attr::FULL),
+            (how.keep_passthrough, attr::KEEP_PASSTHROUGH),
+        ];
+        let flags = flags.into_iter().filter(|flag| flag.0);
         self.epoch(
             "seal the epoch of",
             cmd::EPOCH_SEAL,
             domain,
-            (full, Value::Flag),
+            flags.map(|flag| (flag.1, Value::Flag)),
         )
     }
 
@@ -187,7 +229,7 @@ impl Kernel for Remus {
             &what,
             cmd::EPOCH_COMMIT,
             domain,
-            (attr::EPOCH, Value::Uint(epoch)),
+            [(attr::EPOCH, Value::Uint(epoch))],
         )
     }
 
@@ -197,8 +239,21 @@ impl Kernel for Remus {
             &what,
             cmd::EPOCH_ABORT,
             domain,
-            (attr::EPOCH, Value::Uint(epoch)),
+            [(attr::EPOCH, Value::Uint(epoch))],
         )
+    }
+
+    fn set_passthrough(&mut self, domain: &str, on: bool) -> Result<()> {
+        let (way, what) = if on {
+            (attr::PASSTHROUGH, "let the packets pass of")
+        } else {
+            (attr::HOLD, "hold the packets of")
+        };
+        let attrs = [(attr::DOMAIN, Value::Text(domain)), (way, Value::Flag)];
+        self.one::<Domain>(cmd::DOMAIN_SET, &attrs)
+            .map(drop)
+            .map_err(|e| explain(e, domain))
+            .with_context(|| format!("cannot {what} domain {domain}"))
     }
 }
 
@@ -218,7 +273,12 @@ fn explain(error: anyhow::Error, domain: &str) -> anyhow::Error {
 }
 
 /// A whole request; the sequence number is left open.
-fn encode(family: u16, cmd: u8, flags: u16, attrs: &[(u16, Value<'_>)]) -> Result<Vec<u8>> {
+pub(super) fn encode(
+    family: u16,
+    cmd: u8,
+    flags: u16,
+    attrs: &[(u16, Value<'_>)],
+) -> Result<Vec<u8>> {
     let mut list = GenlBuffer::<u16, Buffer>::new();
     for (kind, value) in attrs {
         let payload = match value {
@@ -255,15 +315,16 @@ fn encode(family: u16, cmd: u8, flags: u16, attrs: &[(u16, Value<'_>)]) -> Resul
 
 /// The attributes of an answer.
 #[derive(Debug, Default)]
-struct Reply {
-    domain: String,
+pub(super) struct Reply {
+    pub(super) domain: String,
     device: Option<String>,
+    port: String,
     memory: Option<u64>,
     /// By the attributes' numbers.
     numbers: Vec<u64>,
 }
 
-fn decode(message: &[u8]) -> Result<Reply> {
+pub(super) fn decode(message: &[u8]) -> Result<Reply> {
     let message = Nlmsghdr::<u16, Genlmsghdr<u8, u16>>::from_bytes(&mut Cursor::new(message))
         .context("the kernel module's answer makes no sense")?;
     let mut reply = Reply {
@@ -278,6 +339,7 @@ fn decode(message: &[u8]) -> Result<Reply> {
         let payload = attribute.nla_payload().as_ref();
         match kind {
             attr::DOMAIN => reply.domain = text(payload),
+            attr::PORT => reply.port = text(payload),
             attr::DEVICE => reply.device = Some(text(payload)),
             attr::MEMORY => reply.memory = Some(uint(payload)?),
             _ => {
@@ -292,7 +354,7 @@ fn decode(message: &[u8]) -> Result<Reply> {
 }
 
 impl Reply {
-    fn number(&self, kind: u16) -> u64 {
+    pub(super) fn number(&self, kind: u16) -> u64 {
         self.numbers.get(usize::from(kind)).copied().unwrap_or(0)
     }
 }
@@ -327,6 +389,29 @@ impl From<Reply> for Domain {
             domain: r.domain,
             memory: r.memory,
             device: r.device,
+        }
+    }
+}
+
+impl From<Reply> for Port {
+    fn from(r: Reply) -> Self {
+        Self {
+            direction: match u8::try_from(r.number(attr::DIRECTION)) {
+                Ok(uapi::direction::GUEST) => Some(Direction::Guest),
+                Ok(uapi::direction::EGRESS) => Some(Direction::Egress),
+                _ => None,
+            },
+            passthrough: r.number(attr::PASSTHROUGH) != 0,
+            packets: r.number(attr::PACKETS),
+            bytes: r.number(attr::BYTES),
+            held_memory: r.number(attr::HELD_MEMORY),
+            limit_packets: r.number(attr::LIMIT_PACKETS),
+            limit_bytes: r.number(attr::LIMIT_BYTES),
+            dropped: r.number(attr::DROPPED),
+            hold_last_ns: r.number(attr::HOLD_LAST_NS),
+            hold_max_ns: r.number(attr::HOLD_MAX_NS),
+            domain: r.domain,
+            port: r.port,
         }
     }
 }
@@ -384,6 +469,24 @@ mod tests {
         want.extend([8, 0, 1, 0, b'w', b'e', b'b', 0]);
         want.extend([12, 0, 4, 0, 0, 0, 0, 0, 0, 1, 0, 0]);
         assert_eq!(bytes, want);
+    }
+
+    #[test]
+    fn port() {
+        let attrs = [
+            (attr::DOMAIN, Value::Text("web")),
+            (attr::PORT, Value::Text("tap0")),
+            (attr::DIRECTION, Value::Uint(1)),
+            (attr::PASSTHROUGH, Value::Flag),
+            (attr::PACKETS, Value::Uint(7)),
+            (attr::HOLD_MAX_NS, Value::Uint(1 << 33)),
+        ];
+        let bytes = encode(0x21, 8, 0, &attrs).unwrap();
+        let port: Port = decode(&bytes).unwrap().into();
+        assert_eq!((port.domain.as_str(), port.port.as_str()), ("web", "tap0"));
+        assert_eq!(port.direction, Some(Direction::Guest));
+        assert!(port.passthrough);
+        assert_eq!((port.packets, port.hold_max_ns), (7, 1 << 33));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 
 //! A netlink socket that sends one request at a time and understands extended acknowledgements.
 
@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use netlink_sys::{Socket, SocketAddr};
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::sockopt::{set_socket_timeout, Timeout};
 
@@ -14,6 +15,8 @@ use rustix::net::sockopt::{set_socket_timeout, Timeout};
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes in a netlink message's header.
 const HEADER: usize = 16;
+/// Of a receive: do not wait.
+const MSG_DONTWAIT: i32 = 0x40;
 /// Message types of the protocol itself.
 const NLMSG_NOOP: u16 = 1;
 const NLMSG_ERROR: u16 = 2;
@@ -133,6 +136,51 @@ impl NlSock {
                 }
             }
         }
+    }
+}
+
+/// What has come for a listener.
+pub enum Heard {
+    /// Whole messages, headers included.
+    Messages(Vec<Vec<u8>>),
+    /// Some were lost, because nobody received them in time.
+    Lost,
+}
+
+impl NlSock {
+    /// Receives what is sent to a multicast group from now on. A socket that does that sends no requests.
+    pub fn join(&mut self, group: u32) -> Result<()> {
+        self.socket
+            .add_membership(group)
+            .context("cannot listen to the kernel's events")
+    }
+
+    /// Waits at most `patience` for messages.
+    pub fn hear(&mut self, patience: Duration) -> Result<Option<Heard>> {
+        let timeout = Timespec {
+            tv_sec: i64::try_from(patience.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: patience.subsec_nanos().into(),
+        };
+        let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
+        match poll(&mut fds, Some(&timeout)) {
+            // The caller knows how much patience is left.
+            Ok(0) | Err(Errno::INTR) => return Ok(None),
+            other => other.context("cannot wait for the kernel's events")?,
+        };
+        let length = match self.socket.recv(&mut &mut self.buffer[..], MSG_DONTWAIT) {
+            Ok(length) => length,
+            Err(e) => match Errno::from_io_error(&e) {
+                Some(Errno::AGAIN | Errno::INTR) => return Ok(None),
+                Some(Errno::NOBUFS) => return Ok(Some(Heard::Lost)),
+                _ => return Err(e).context("cannot receive the kernel's events"),
+            },
+        };
+        let mut rest = self.buffer.get(..length).unwrap_or(&[]);
+        let mut messages = Vec::new();
+        while !rest.is_empty() {
+            messages.push(Message::split(&mut rest)?.whole.to_vec());
+        }
+        Ok(Some(Heard::Messages(messages)))
     }
 }
 

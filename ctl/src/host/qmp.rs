@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 
 //! QMP: the handful of QEMU's commands that are needed, one at a time.
 
@@ -319,6 +319,14 @@ impl Guest for Qmp {
 
     fn resume(&mut self) -> Result<()> {
         self.execute("cont", json!({})).map(drop)
+    }
+
+    fn runs(&mut self) -> Result<bool> {
+        Ok(self.status()? == "running")
+    }
+
+    fn quit(&mut self) -> Result<()> {
+        self.execute("quit", json!({})).map(drop)
     }
 
     fn ended(&mut self) -> Option<String> {

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 
 //! The RAM device of a domain: reading a sealed epoch's pages, writing a received epoch's.
 
@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use remus_core::uapi::ram::{self, PAGE_SIZE};
 use rustix::ioctl::{ioctl, Updater};
 
-use crate::host::kernel::Pages;
+use crate::host::kernel::{Image, Pages};
 
 /// Path of a domain's memory, from its `device` attribute.
 pub fn path(device: &str) -> PathBuf {
@@ -35,9 +35,16 @@ impl Ram {
             .with_context(|| format!("cannot open the domain's memory {}", path.display()))?;
         Ok(Self { file })
     }
+}
 
-    /// Writes one page.
-    pub fn write(&self, page: u64, content: &[u8]) -> Result<()> {
+impl Image for Ram {
+    fn read(&mut self, page: u64, to: &mut [u8; PAGE_SIZE]) -> Result<()> {
+        self.file
+            .read_exact_at(to, page.saturating_mul(PAGE_SIZE as u64))
+            .with_context(|| format!("cannot read page {page} of the domain's memory"))
+    }
+
+    fn write(&mut self, page: u64, content: &[u8; PAGE_SIZE]) -> Result<()> {
         self.file
             .write_all_at(content, page.saturating_mul(PAGE_SIZE as u64))
             .with_context(|| format!("cannot write page {page} of the domain's memory"))

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 
 //! The waiting virtual machine's process.
 
@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, Context, Result};
 use rustix::process::{kill_process, Pid, Signal};
 
+use crate::host::kernel::Machine;
 use crate::host::qmp::Qmp;
 
 /// How long it may take to open its QMP socket.
@@ -119,6 +120,18 @@ impl Vmm {
     /// Lets it live on when this process ends.
     pub fn let_go(&mut self) {
         self.child = None;
+    }
+}
+
+impl Machine for Vmm {
+    fn ready(&mut self) -> Result<()> {
+        match self.ended()? {
+            None => Ok(()),
+            Some(status) => bail!(
+                "the waiting machine has ended ({status}): {}",
+                self.last_words()
+            ),
+        }
     }
 }
 

@@ -1,10 +1,9 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 
-//! Frames over TCP: sending from several threads, receiving with a watch on silence, heartbeats.
+//! Frames over a channel: sending from several threads, receiving with a watch on silence, heartbeats.
 
 use std::fmt;
 use std::io::{self, BufReader, ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -12,7 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use remus_proto::frame::{Header, Kind, Stamp, WireError, HEADER_SIZE};
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use rustix::net::sockopt::set_socket_linger;
+
+use crate::peer::channel::{ChannelReader, ChannelWriter, Handle};
 
 /// Signs of life in the time after which silence counts as death.
 const BEATS: u32 = 6;
@@ -26,20 +26,19 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// The sending side of a stream. Clones send on the same stream, whole frames at a time.
 #[derive(Clone)]
 pub struct Sender {
-    stream: Arc<Mutex<TcpStream>>,
-    control: Arc<TcpStream>,
+    writer: Arc<Mutex<ChannelWriter>>,
+    handle: Handle,
     generation: u64,
 }
 
 impl Sender {
-    /// Sends on `stream`, for a domain of this generation.
-    pub fn new(stream: &TcpStream, generation: u64) -> Result<Self> {
-        let clone = || stream.try_clone().context("cannot duplicate a socket");
-        Ok(Self {
-            stream: Arc::new(Mutex::new(clone()?)),
-            control: Arc::new(clone()?),
+    /// Sends on a channel, for a domain of this generation.
+    pub fn new(writer: ChannelWriter, handle: &Handle, generation: u64) -> Self {
+        Self {
+            writer: Arc::new(Mutex::new(writer)),
+            handle: handle.clone(),
             generation,
-        })
+        }
     }
 
     /// Sends a frame, and returns its bytes on the wire.
@@ -57,7 +56,7 @@ impl Sender {
             .context("short frame")?;
         let header = Header::new(kind, self.generation, epoch, payload)?;
         head.copy_from_slice(&header.encode());
-        if let Err(e) = lock(&self.stream).write_all(frame) {
+        if let Err(e) = lock(&self.writer).write_all(frame) {
             // A part of a frame may be out: nothing sensible can follow it.
             self.shutdown();
             return Err(Unsent(e).into());
@@ -67,14 +66,13 @@ impl Sender {
 
     /// Ends the stream at once: whoever waits to read or write on it is woken.
     pub fn shutdown(&self) {
-        let _ = self.control.shutdown(Shutdown::Both);
+        self.handle.shutdown();
     }
 
     /// Ends the stream and throws away what is still on its way out, acknowledgements above all:
     /// the other host must not get one after this side has begun to take over.
     pub fn cut(&self) {
-        let _ = set_socket_linger(&*self.control, Some(Duration::ZERO));
-        self.shutdown();
+        self.handle.cut();
     }
 }
 
@@ -119,7 +117,8 @@ pub struct Receiver {
 }
 
 struct Watched {
-    stream: TcpStream,
+    reader: ChannelReader,
+    handle: Handle,
     timeout: Duration,
     heard: Instant,
 }
@@ -127,7 +126,7 @@ struct Watched {
 impl Read for Watched {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let n = loop {
-            match self.stream.read(buf) {
+            match self.reader.read(buf) {
                 Err(e) if e.kind() == ErrorKind::WouldBlock => {
                     // The socket's timeout counts ticks, and these catch up at once on a host that was kept
                     // from running: it may come early, and then nobody is dead.
@@ -136,7 +135,8 @@ impl Read for Watched {
                         return Err(e);
                     }
                     let wait = Timespec::try_from(left).map_err(io::Error::other)?;
-                    poll(&mut [PollFd::new(&self.stream, PollFlags::IN)], Some(&wait))?;
+                    let stream = self.handle.stream();
+                    poll(&mut [PollFd::new(stream, PollFlags::IN)], Some(&wait))?;
                 }
                 other => break other?,
             }
@@ -149,14 +149,12 @@ impl Read for Watched {
 }
 
 impl Receiver {
-    /// Receives on `stream`; silence longer than `timeout` is an error.
-    pub fn new(stream: &TcpStream, timeout: Duration) -> Result<Self> {
-        let stream = stream.try_clone().context("cannot duplicate a socket")?;
-        stream
-            .set_read_timeout(Some(timeout))
-            .context("cannot set a timeout")?;
+    /// Receives on a channel; silence longer than `timeout` is an error.
+    pub fn new(reader: ChannelReader, handle: &Handle, timeout: Duration) -> Result<Self> {
+        handle.set_read_timeout(Some(timeout))?;
         let watched = Watched {
-            stream,
+            reader,
+            handle: handle.clone(),
             timeout,
             heard: Instant::now(),
         };
@@ -172,27 +170,15 @@ impl Receiver {
 
     /// Whether the other side has closed the stream, even if there is more to read before its end.
     pub fn is_closed(&self) -> bool {
-        let stream = &self.reader.get_ref().stream;
-        let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
-        match poll(
-            &mut fds,
-            Some(&Timespec {
-                tv_sec: 0,
-                tv_nsec: 0,
-            }),
-        ) {
-            Ok(0) => false,
-            // Interrupted: there was no time to wait, so this cannot be.
-            Ok(_) | Err(_) => true,
-        }
+        self.reader.get_ref().handle.is_closed()
     }
 
     /// Changes the silence that is an error.
     pub fn set_timeout(&mut self, timeout: Duration) -> Result<()> {
         let watched = self.reader.get_mut();
         watched.timeout = timeout;
-        let stream = &watched.stream;
-        stream
+        watched
+            .handle
             .set_read_timeout(Some(timeout))
             .context("cannot set a timeout")
     }
@@ -276,9 +262,10 @@ impl Drop for Heartbeat {
 
 #[cfg(test)]
 mod tests {
-    use std::net::TcpListener;
+    use std::net::{TcpListener, TcpStream};
 
     use super::*;
+    use crate::peer::channel::{Channel, Way};
 
     /// What the socket's timeout says is not believed before its time, nor is it waited for twice.
     #[test]
@@ -286,10 +273,13 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let other = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (stream, _) = listener.accept().unwrap();
+        let again = stream.try_clone().unwrap();
+        let channel = Channel::connect(stream, &Way::Plain, Duration::from_secs(5)).unwrap();
+        let (reader, _writer, handle) = channel.split();
         let timeout = Duration::from_millis(300);
-        let mut receiver = Receiver::new(&stream, timeout).unwrap();
+        let mut receiver = Receiver::new(reader, &handle, timeout).unwrap();
         // The two are one socket.
-        stream
+        again
             .set_read_timeout(Some(Duration::from_millis(10)))
             .unwrap();
         let start = Instant::now();

@@ -1,38 +1,41 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 
 //! `remusctl standby`: the domain, its memory and a waiting virtual machine on this host; a primary
 //! at a time; take-over.
 
+pub mod caller;
 pub mod serve;
 pub mod takeover;
 
 use std::fs;
-use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Arc;
-use std::thread;
+use std::sync::mpsc::{channel, Receiver as Queue};
 use std::time::{Duration, Instant};
 
-use anyhow::{bail, Context, Result};
-use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use anyhow::{Context, Result};
+use remus_proto::frame::Kind;
 use rustix::io::Errno;
 use serde_json::json;
 
 use crate::args::Standby;
 use crate::commands::domain;
-use crate::config::{check_fits, check_name, Config, Places, Vmm as VmmConfig};
-use crate::host::kernel::Image;
+use crate::config::{Config, Places, StandbySettings, Vmm as VmmConfig};
+use crate::host::kernel::Machine;
 use crate::host::netlink::{refusal, Remus};
 use crate::host::qmp::Qmp;
 use crate::host::ram::{self, Ram};
 use crate::host::vmm::Vmm;
 use crate::peer::address;
+use crate::peer::channel::Way;
+use crate::peer::door::Limits;
 use crate::peer::stream::lock;
-use crate::primary::TIMEOUT_MS;
-use crate::report::live::{Live, Shared, Station};
-use crate::report::trace::{ms, Trace};
-use crate::standby::serve::{serve, End, Held, Offer};
+use crate::primary::generation_file;
+use crate::report::live::{Ask, Live, Order, Station};
+use crate::report::trace::ms;
+use crate::report::{metrics, say, service, Report};
+use crate::standby::caller::{Caller, Callers};
+use crate::standby::serve::{serve, End, Handover, Held, Lost, Offer, Parts};
 use crate::standby::takeover::take_over;
 use crate::{say, signals};
 
@@ -49,32 +52,9 @@ struct Setup<'a> {
 /// The domain on this host. Dropped, it ends the machine and deletes the domain, in this order.
 struct Host {
     qmp: Qmp,
-    seat: Seat,
-    _domain: OwnDomain,
-}
-
-/// The memory, and the machine that waits for it.
-struct Seat {
     vmm: Vmm,
     ram: Ram,
-}
-
-impl Image for Seat {
-    fn ready(&mut self) -> Result<()> {
-        match self.vmm.ended()? {
-            None => Ok(()),
-            Some(status) => {
-                bail!(
-                    "the waiting machine has ended ({status}): {}",
-                    self.vmm.last_words()
-                )
-            }
-        }
-    }
-
-    fn write(&mut self, page: u64, content: &[u8]) -> Result<()> {
-        self.ram.write(page, content)
-    }
+    _domain: OwnDomain,
 }
 
 /// A domain that is deleted when this is dropped.
@@ -127,14 +107,15 @@ impl Host {
         qmp.check_memory(&path, setup.memory)?;
         Ok(Self {
             qmp,
-            seat: Seat { vmm, ram },
+            vmm,
+            ram,
             _domain: domain,
         })
     }
 
     /// Leaves the machine and its domain to themselves.
     fn let_go(mut self) {
-        self.seat.vmm.let_go();
+        self.vmm.let_go();
         self._domain.name = None;
     }
 }
@@ -142,230 +123,327 @@ impl Host {
 /// Serves primaries until one dies or this is ended. Returns the exit code.
 pub fn standby(args: &Standby, run_dir: &Path) -> Result<u8> {
     let config = Config::read(&args.config)?;
-    let local = args.local.as_deref().unwrap_or(&config.name);
-    check_name(local)?;
-    check_fits(config.memory.0)?;
-    let Some(command) = &config.vmm else {
-        let file = args.config.display();
-        bail!("{file} does not say how to start the machine: add [vmm] command = [\"qemu-system-x86_64\", …]");
-    };
-    let timeout_ms = args.timeout.or(config.timeout_ms).unwrap_or(TIMEOUT_MS);
-    let timeout = Duration::from_millis(timeout_ms);
-    let listen = args
-        .listen
-        .as_deref()
-        .or(config.listen.as_deref())
-        .unwrap_or("0.0.0.0");
-    let ports = if config.standby.ports.is_empty() {
-        &config.ports
-    } else {
-        &config.standby.ports
-    };
-    let port = args.port.as_deref().or(ports.first().map(String::as_str));
-    let trace = Trace::open(args.trace.as_deref())?;
-
-    let live = Shared::default();
-    *lock(&live) = Live {
+    let settings = StandbySettings::of(args, Some(&config))?;
+    let way = Way::of(settings.keys.as_deref())?;
+    let (local, listen) = (settings.local.as_str(), settings.listen.as_str());
+    let report = Report::open(settings.trace.as_deref())?;
+    let live = report.live();
+    say::about(local, live);
+    *lock(live) = Live {
         role: "standby".into(),
         state: "starting".into(),
         pid: std::process::id(),
-        protects: (local != config.name).then(|| config.name.clone()),
-        timeout_ms: Some(ms(timeout)),
+        protects: (local != settings.domain).then(|| settings.domain.clone()),
+        secured: Some(way.word().into()),
+        timeout_ms: Some(ms(settings.timeout)),
         ..Live::default()
     };
-    let _station = Station::open(run_dir, local, Arc::clone(&live))?;
+    let (order, orders) = channel();
+    let _station = Station::open(run_dir, local, &report, order)?;
+    if let Some(address) = settings.metrics {
+        metrics::serve(address, local, &report)?;
+    }
+    report.start_watchdog()?;
     let listener = address::listen(listen)?;
     let stop = signals::stop_flag()?;
     let run_dir = fs::canonicalize(run_dir).context("the run directory")?;
     let setup = Setup {
         local,
-        memory: config.memory.0,
-        port,
-        command,
+        memory: settings.memory,
+        port: settings.port.as_deref(),
+        command: &settings.vmm,
         qmp: run_dir.join(format!("{local}.qmp")),
         log: run_dir.join(format!("{local}.vmm.log")),
     };
     let offer = Offer {
-        domain: config.name.clone(),
-        memory: config.memory.0,
-        timeout,
+        domain: settings.domain.clone(),
+        memory: settings.memory,
+        timeout: settings.timeout,
     };
+    let callers = Callers::open(listener, way, Limits::default(), Caller::meet)?;
+    let around = Around {
+        offer: &offer,
+        callers: &callers,
+        local,
+        run_dir: &run_dir,
+        report: &report,
+        orders: &orders,
+        stop: &stop,
+    };
+    service::ready(&format!("listens on {listen}"));
+    let mut caller = None;
     loop {
         let host = Host::start(&setup)?;
         // After the machine was started: that one gets no more than others.
         signals::raise_priority();
-        let pid = host.seat.vmm.pid();
+        let pid = host.vmm.pid();
         {
-            let mut live = lock(&live);
+            let mut live = lock(live);
             live.state = "waiting".into();
             live.vmm_pid = Some(pid);
             (live.epoch, live.epochs) = (0, 0);
         }
         say!(
             "standby for {} listens on {listen}; its machine waits (process {pid})",
-            config.name
+            settings.domain
         );
-        trace.event(
+        report.event(
             "standby-ready",
-            json!({"domain": config.name, "vmm_pid": pid}),
+            json!({"domain": settings.domain, "vmm_pid": pid}),
         );
-        match attend(host, &listener, &offer, &trace, &live, &stop)? {
-            Some(code) => return Ok(code),
-            None => say!("starting anew for the next primary"),
+        match around.attend(host, caller)? {
+            Attended::Done(code) => return Ok(code),
+            Attended::Anew(next) => caller = next,
         }
+        say!("starting anew for the next primary");
     }
 }
 
-/// Serves one primary. Returns the exit code, or nothing if the standby is to begin anew.
-fn attend(
-    mut host: Host,
-    listener: &TcpListener,
-    offer: &Offer,
-    trace: &Trace,
-    live: &Shared,
-    stop: &Arc<AtomicBool>,
-) -> Result<Option<u8>> {
-    loop {
-        let Some((stream, peer)) = accept(listener, &mut host.seat, stop)? else {
-            say!("standby for {} ended as asked to", offer.domain);
-            trace.event("standby-end", json!({}));
-            return Ok(Some(0));
-        };
-        {
-            let mut live = lock(live);
-            live.state = "receiving".into();
-            live.peer = Some(peer.clone());
-        }
+/// How attending to primaries ended.
+enum Attended {
+    /// With this exit code.
+    Done(u8),
+    /// The machine is of no use any more; who is to be served next.
+    Anew(Option<Box<Caller>>),
+}
+
+/// What stays while machines come and go.
+struct Around<'a> {
+    offer: &'a Offer,
+    /// What the domain is called here.
+    local: &'a str,
+    run_dir: &'a Path,
+    callers: &'a Callers,
+    report: &'a Report,
+    orders: &'a Queue<Order>,
+    stop: &'a AtomicBool,
+}
+
+impl Around<'_> {
+    /// Serves a primary, and again each time that it comes back, until it is dead or has ended.
+    fn attend(&self, mut host: Host, mut caller: Option<Box<Caller>>) -> Result<Attended> {
+        let domain = &self.offer.domain;
         let mut held = Held::default();
-        let end = serve(stream, offer, &mut held, &mut host.seat, trace, live, stop);
-        let noticed = Instant::now();
-        match end {
-            End::Refused(e) => {
-                say!("refused {peer}: {e:#}");
-                trace.event("refused", json!({"peer": peer, "reason": format!("{e:#}")}));
-                let mut live = lock(live);
-                live.state = "waiting".into();
-                live.peer = None;
+        // The connection that was lost last, and when: nobody who is refused meanwhile changes that.
+        let mut lost: Option<(Lost, String)> = None;
+        loop {
+            let next = match (caller.take(), &lost) {
+                (Some(caller), _) => Some(caller),
+                (None, None) => self.wait(&mut host.vmm, None)?,
+                (None, Some((lost, peer))) => match self.lost(&mut host, &held, lost, peer)? {
+                    After::Again(again) => Some(again),
+                    After::Done(code) => return Ok(Attended::Done(code)),
+                    After::TakeOver(heard) => {
+                        say!(
+                            "the primary {peer} is dead; taking {domain} over from epoch {}",
+                            held.epoch
+                        );
+                        let code = self.own(host, &held, heard, None)?;
+                        return Ok(Attended::Done(code));
+                    }
+                },
+            };
+            let Some(next) = next else {
+                say!("standby for {domain} ended as asked to");
+                self.report.event("standby-end", json!({}));
+                return Ok(Attended::Done(0));
+            };
+            let peer = next.address();
+            {
+                let mut live = lock(self.report.live());
+                live.state = "receiving".into();
+                live.peer = Some(peer.clone());
             }
-            End::Bye(why) => {
-                say!(
-                    "{peer} ended protection of {} ({why}): no take-over",
-                    offer.domain
-                );
-                trace.event("bye", json!({"reason": why, "epoch": held.epoch}));
-                lock(live).peer = None;
-                return Ok(None);
-            }
-            End::Asked => {
-                say!(
-                    "standby for {} ended as asked to: it is not protected any more",
-                    offer.domain
-                );
-                trace.event("standby-end", json!({"epoch": held.epoch}));
-                return Ok(Some(0));
-            }
-            End::Failed(e) => {
-                say!(
-                    "the standby cannot go on: {e:#}; {} is not protected any more",
-                    offer.domain
-                );
-                trace.event("standby-failed", json!({"reason": format!("{e:#}")}));
-                return Ok(Some(3));
-            }
-            End::Dead(heard, why) => {
-                let detect_ms = ms(noticed.saturating_duration_since(heard));
-                let seen = json!({"reason": why, "detect_ms": detect_ms, "epoch": held.epoch});
-                trace.event("silence", seen);
-                if held.epoch == 0 {
-                    say!(
-                        "the primary {peer} is lost ({why}), and no epoch of {} has come whole: there is nothing \
-                         to resume",
-                        offer.domain
-                    );
-                    trace.event("nothing-to-resume", json!({}));
-                    return Ok(Some(4));
+            let mut parts = Parts {
+                callers: self.callers,
+                image: &mut host.ram,
+                machine: &mut host.vmm,
+                report: self.report,
+                stop: self.stop,
+                tick: &|| self.obey(),
+            };
+            match serve(*next, self.offer, &mut held, &mut parts) {
+                End::Refused(e) => {
+                    say!("refused {peer}: {e:#}");
+                    let reason = json!({"peer": peer, "reason": format!("{e:#}")});
+                    self.report.event("refused", reason);
+                    if lost.is_none() {
+                        let mut live = lock(self.report.live());
+                        live.state = "waiting".into();
+                        live.peer = None;
+                    }
                 }
-                say!(
-                    "the primary {peer} is dead: {why}; taking {} over from epoch {}",
-                    offer.domain,
-                    held.epoch
-                );
-                lock(live).state = "taking-over".into();
-                return own(host, offer, &held, heard, noticed, trace, live, stop).map(Some);
+                End::Other(next) => {
+                    say!("{peer} protects {domain} anew");
+                    return Ok(Attended::Anew(Some(next)));
+                }
+                End::Bye(why) => {
+                    say!("{peer} ended protection of {domain} ({why}): no take-over");
+                    let reason = json!({"reason": why, "epoch": held.epoch});
+                    self.report.event("bye", reason);
+                    lock(self.report.live()).peer = None;
+                    return Ok(Attended::Anew(None));
+                }
+                End::Asked => {
+                    say!("standby for {domain} ended as asked to: it is not protected any more");
+                    self.report
+                        .event("standby-end", json!({"epoch": held.epoch}));
+                    return Ok(Attended::Done(0));
+                }
+                End::Failed(e) => {
+                    say!("the standby cannot go on: {e:#}; {domain} is not protected any more");
+                    let reason = json!({"reason": format!("{e:#}")});
+                    self.report.event("standby-failed", reason);
+                    return Ok(Attended::Done(3));
+                }
+                End::Lost(mut now) => {
+                    caller = now.again.take();
+                    lost = Some((now, peer));
+                }
+                End::Handover(primary) => {
+                    say!("{peer} hands {domain} over at epoch {}", held.epoch);
+                    self.report.event("handover", json!({"epoch": held.epoch}));
+                    let code = self.own(host, &held, Instant::now(), Some(primary))?;
+                    return Ok(Attended::Done(code));
+                }
+            }
+        }
+    }
+
+    /// The connection is lost: waits for the primary to come back for as long as it may still commit.
+    fn lost(&self, host: &mut Host, held: &Held, lost: &Lost, peer: &str) -> Result<After> {
+        let domain = &self.offer.domain;
+        let deadline = match lost.given_up {
+            true => Instant::now(),
+            false => lost.heard + self.offer.timeout,
+        };
+        lock(self.report.live()).state = "primary-lost".into();
+        while Instant::now() < deadline {
+            match self.wait(&mut host.vmm, Some(deadline))? {
+                Some(caller) => return Ok(After::Again(caller)),
+                None if self.stop.load(Ordering::Relaxed) => {
+                    say!("standby for {domain} ended as asked to: it is not protected any more");
+                    self.report
+                        .event("standby-end", json!({"epoch": held.epoch}));
+                    return Ok(After::Done(0));
+                }
+                None => {}
+            }
+        }
+        let detect_ms = ms(lost.heard.elapsed());
+        let seen = json!({"reason": lost.why, "detect_ms": detect_ms, "epoch": held.epoch});
+        self.report.event("silence", seen);
+        if held.epoch == 0 {
+            say!(
+                "the primary {peer} is lost ({}), and no epoch of {domain} has come whole: there is nothing to resume",
+                lost.why
+            );
+            self.report.event("nothing-to-resume", json!({}));
+            return Ok(After::Done(4));
+        }
+        say!("{peer}: {}", lost.why);
+        Ok(After::TakeOver(lost.heard))
+    }
+
+    /// Answers who wants something of this side, and shows that it is alive.
+    fn obey(&self) {
+        self.report.alive();
+        while let Ok(order) = self.orders.try_recv() {
+            let answer = match order.ask {
+                Ask::Unprotect => {
+                    self.stop.store(true, Ordering::Relaxed);
+                    Ok("the standby ends".to_owned())
+                }
+                Ask::Pace(_) => Err("the primary decides when epochs end: ask there".to_owned()),
+                Ask::Failover => Err("a planned switch is asked for on the primary".to_owned()),
+            };
+            let _ = order.reply.send(answer);
+        }
+    }
+
+    /// Waits for somebody to connect, until `deadline` if there is one; nothing if this is ended first.
+    fn wait(&self, vmm: &mut Vmm, deadline: Option<Instant>) -> Result<Option<Box<Caller>>> {
+        let tick = Duration::from_millis(50);
+        while !self.stop.load(Ordering::Relaxed) {
+            self.obey();
+            vmm.ready()?;
+            let left = deadline.map(|d| d.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                break;
+            }
+            if let Some((caller, _)) = self.callers.next(left.unwrap_or(tick).min(tick)) {
+                return Ok(Some(Box::new(caller)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Takes over, and owns the machine until it ends or this process is ended.
+    fn own(
+        &self,
+        mut host: Host,
+        held: &Held,
+        heard: Instant,
+        primary: Option<Handover>,
+    ) -> Result<u8> {
+        let name = &self.offer.domain;
+        lock(self.report.live()).state = "taking-over".into();
+        let phases = match take_over(&mut host.qmp, held, heard, self.report) {
+            Ok(phases) => phases,
+            Err(e) => {
+                let words = host.vmm.last_words();
+                let why = format!("{e:#} (the machine's last words: {words})");
+                say!("take-over of {name} failed: {why}");
+                self.report
+                    .event("takeover-failed", json!({"reason": format!("{e:#}")}));
+                if let Some(primary) = primary {
+                    primary.failed(&why);
+                }
+                return Ok(5);
+            }
+        };
+        let file = generation_file(self.run_dir, self.local);
+        if let Err(e) = fs::write(&file, format!("{}\n", phases.generation)) {
+            say!("cannot write {}: {e}", file.display());
+        }
+        if let Some(primary) = primary {
+            primary.resumed();
+        }
+        lock(self.report.live()).state = "taken-over".into();
+        say!(
+            "{name} runs here from epoch {} on: noticed after {} ms, loaded in {} ms, resumed in {} ms",
+            phases.epoch,
+            phases.detect_ms,
+            phases.load_ms,
+            phases.resume_ms
+        );
+        // A signal that came meanwhile meant the standby, not the machine that now runs.
+        loop {
+            if let Some(status) = host.vmm.ended()? {
+                say!("the machine of {name} has ended ({status})");
+                self.report
+                    .event("vmm-ended", json!({"status": status.to_string()}));
+                return Ok(0);
+            }
+            if self.stop.load(Ordering::Relaxed) {
+                let pid = host.vmm.pid();
+                say!("the machine of {name} runs on without this process, as process {pid}");
+                self.report.event("standby-end", json!({"vmm_pid": pid}));
+                host.let_go();
+                return Ok(0);
+            }
+            self.obey();
+            if let Some((caller, _)) = self.callers.next(Duration::from_millis(50)) {
+                let why = format!("{name} runs on the standby since epoch {}", held.epoch);
+                caller.refuse(Kind::TakenOver, &why);
             }
         }
     }
 }
 
-/// Waits for somebody to connect; nothing if this is ended first.
-fn accept(
-    listener: &TcpListener,
-    seat: &mut Seat,
-    stop: &AtomicBool,
-) -> Result<Option<(TcpStream, String)>> {
-    let tick = Timespec {
-        tv_sec: 0,
-        tv_nsec: 100_000_000,
-    };
-    while !stop.load(Ordering::Relaxed) {
-        seat.ready()?;
-        match poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&tick)) {
-            Ok(0) | Err(Errno::INTR) => continue,
-            other => other.context("cannot wait for a primary")?,
-        };
-        match listener.accept() {
-            Ok((stream, address)) => return Ok(Some((stream, address.to_string()))),
-            // It has gone again.
-            Err(_) => thread::sleep(Duration::from_millis(10)),
-        }
-    }
-    Ok(None)
-}
-
-/// Takes over, and owns the machine until it ends or this process is ended.
-#[allow(clippy::too_many_arguments)]
-fn own(
-    mut host: Host,
-    offer: &Offer,
-    held: &Held,
-    heard: Instant,
-    noticed: Instant,
-    trace: &Trace,
-    live: &Shared,
-    stop: &AtomicBool,
-) -> Result<u8> {
-    let name = &offer.domain;
-    let phases = match take_over(&mut host.qmp, held, heard, noticed, trace) {
-        Ok(phases) => phases,
-        Err(e) => {
-            let words = host.seat.vmm.last_words();
-            say!("take-over of {name} failed: {e:#} (the machine's last words: {words})");
-            trace.event("takeover-failed", json!({"reason": format!("{e:#}")}));
-            return Ok(5);
-        }
-    };
-    lock(live).state = "taken-over".into();
-    say!(
-        "{name} runs here from epoch {} on: noticed after {} ms, loaded in {} ms, resumed in {} ms",
-        phases.epoch,
-        phases.detect_ms,
-        phases.load_ms,
-        phases.resume_ms
-    );
-    // A signal that came meanwhile meant the standby, not the machine that now runs.
-    loop {
-        if let Some(status) = host.seat.vmm.ended()? {
-            say!("the machine of {name} has ended ({status})");
-            trace.event("vmm-ended", json!({"status": status.to_string()}));
-            return Ok(0);
-        }
-        if stop.load(Ordering::Relaxed) {
-            let pid = host.seat.vmm.pid();
-            say!("the machine of {name} runs on without this process, as process {pid}");
-            trace.event("standby-end", json!({"vmm_pid": pid}));
-            host.let_go();
-            return Ok(0);
-        }
-        thread::sleep(Duration::from_millis(50));
-    }
+/// What follows on a lost connection.
+enum After {
+    Again(Box<Caller>),
+    TakeOver(Instant),
+    Done(u8),
 }

@@ -1,30 +1,45 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 
-//! The standby's side of the stream: stage an epoch, acknowledge it when it is whole, apply it.
+//! The standby's side of a connection: stage an epoch, acknowledge it when it is whole, apply it.
 //!
-//! One epoch at a time: the next one waits in the socket while one is applied, so that what is staged
-//! is bounded by the size of the memory, and every acknowledged epoch is applied before anything
-//! else happens.
+//! ```text
+//!  control stream ─▶ control    heartbeats, silence, the end
+//!  data stream    ─▶ stage ──Ack N──▶ (control stream)
+//!                      └──whole epochs──▶ apply ─▶ image
+//! ```
+//!
+//! One epoch waits to be applied while the next one is staged; then the socket fills and the primary
+//! waits. An epoch is staged as it came, so what is staged is bounded by twice the memory's size. Every
+//! acknowledged epoch is applied before anything else happens.
 
-use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{channel, sync_channel, RecvTimeoutError};
+use std::sync::mpsc::{Receiver as Queue, SyncSender};
 use std::sync::Arc;
+use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
-use anyhow::{bail, Context, Error, Result};
+use anyhow::{anyhow, Context, Error, Result};
 use remus_core::uapi::ram::PAGE_SIZE;
-use remus_proto::frame::{records, EpochBegin, EpochEnd, Header, Hello, Kind, Stamp, Welcome};
-use serde_json::json;
+use remus_proto::frame::{EpochBegin, EpochEnd, Header, Kind, Stamp, Token, Welcome};
+use remus_proto::pages::{self, Scratch};
+use rustix::rand::{getrandom, GetRandomFlags};
 
-use crate::host::kernel::Image;
+use super::caller::{refuse, Caller, Callers, INTRODUCTION};
+use crate::host::kernel::{Image, Machine};
 use crate::host::qmp::STATE_MAX;
-use crate::peer::stream::{lock, Broken, Heartbeat, Receiver, Sender};
-use crate::report::live::Shared;
-use crate::report::trace::{ms, Trace};
+use crate::peer::channel::Handle;
+use crate::peer::stream::{Broken, Heartbeat, Receiver, Sender};
+use crate::report::trace::ms;
+use crate::report::{Applied, Report};
 use crate::say;
 
-/// How long a caller may take to say what it wants.
-const INTRODUCTION: Duration = Duration::from_secs(3);
+/// How often to look for signals, other callers and the waiting machine.
+const TICK: Duration = Duration::from_millis(50);
+/// How many pieces of work may wait to be applied.
+const AHEAD: usize = 1;
+/// The data stream may be silent for as long as the guest is.
+const FOR_EVER: Duration = Duration::from_secs(1 << 24);
 
 /// What this standby serves.
 pub struct Offer {
@@ -45,289 +60,503 @@ pub struct Held {
     pub state: Vec<u8>,
     /// Generation of the domain.
     pub generation: u64,
-    /// Pages were written to the image without an epoch being whole.
-    pub begun: bool,
+    /// Whose it is: the primary's process. 0 if nothing was received yet.
+    pub run: u128,
 }
 
 /// How serving a primary ended.
-#[derive(Debug)]
 pub enum End {
     /// It was no primary of this domain; nothing has changed.
     Refused(Error),
+    /// It is another run of the primary than the one that the image is of, and is to be served from the
+    /// start.
+    Other(Box<Caller>),
     /// The primary ended protection in good order; its reason.
     Bye(String),
     /// Somebody asked this side to end.
     Asked,
-    /// The primary is dead: take over if there is something to resume. When it was last heard, and
-    /// how its death was noticed.
-    Dead(Instant, String),
+    /// The connection is lost.
+    Lost(Lost),
+    /// The primary has stopped the guest at the epoch that is held, and wants it resumed here.
+    Handover(Handover),
     /// This side cannot go on, and its image is of no use.
     Failed(Error),
 }
 
-/// Serves the primary that has connected on `stream`.
+/// A connection that is lost.
+pub struct Lost {
+    /// When the primary was last heard.
+    pub heard: Instant,
+    /// How it was noticed.
+    pub why: String,
+    /// The primary has said that it commits nothing any more: no need to wait for its timeout.
+    pub given_up: bool,
+    /// The primary is here again.
+    pub again: Option<Box<Caller>>,
+}
+
+/// A primary that waits to hear that its guest runs here.
+pub struct Handover {
+    control: Sender,
+    handle: Handle,
+    _heartbeat: Heartbeat,
+}
+
+impl Handover {
+    /// Tells it that the guest runs here now.
+    pub fn resumed(self) {
+        let _ = self.control.send(Kind::Resumed, 0, &[]);
+        let _ = self.handle.stream().shutdown(std::net::Shutdown::Write);
+        // It has read that when it closes.
+        let begin = Instant::now();
+        while !self.handle.is_closed() && begin.elapsed() < Duration::from_secs(2) {
+            thread::sleep(Duration::from_millis(10));
+        }
+        self.control.shutdown();
+    }
+
+    /// Tells it that the guest could not be resumed here.
+    pub fn failed(self, why: &str) {
+        refuse(&self.control, &self.handle, Kind::Error, why);
+    }
+}
+
+/// What the standby works with.
+pub struct Parts<'a> {
+    /// Where other callers come in meanwhile.
+    pub callers: &'a Callers,
+    /// The memory.
+    pub image: &'a mut dyn Image,
+    /// The virtual machine that waits.
+    pub machine: &'a mut dyn Machine,
+    /// What is said of it elsewhere.
+    pub report: &'a Report,
+    /// Set from outside to end it.
+    pub stop: &'a AtomicBool,
+    /// Called now and then meanwhile.
+    pub tick: &'a dyn Fn(),
+}
+
+/// Serves the primary that has called.
 ///
-/// The stream is closed on return, unsent acknowledgements are thrown away if the primary is dead, and
-/// the image is that of `held.epoch`.
-pub fn serve(
-    stream: TcpStream,
-    offer: &Offer,
-    held: &mut Held,
-    image: &mut dyn Image,
-    trace: &Trace,
-    live: &Shared,
-    stop: &Arc<AtomicBool>,
-) -> End {
-    let (sender, receiver, generation) = match welcome(&stream, offer) {
-        Ok(accepted) => accepted,
-        Err(e) => return End::Refused(e),
+/// On return unsent acknowledgements are thrown away if the connection is lost, and the image is that of
+/// `held.epoch`.
+pub fn serve(caller: Caller, offer: &Offer, held: &mut Held, parts: &mut Parts<'_>) -> End {
+    let (generation, run) = match caller.hello(offer) {
+        Ok(hello) => hello,
+        Err(e) => {
+            caller.refuse(Kind::Error, &format!("{e:#}"));
+            return End::Refused(e);
+        }
     };
-    held.generation = generation;
+    if held.run != 0 && held.run != run {
+        return End::Other(Box::new(caller));
+    }
+    let (control, mut receiver, handle) = caller.accept(generation);
+    let data = match welcome(&control, offer, held.epoch, parts.callers) {
+        Ok(data) => data,
+        Err(e) => {
+            let why = format!("{e:#}");
+            refuse(&control, &handle, Kind::Error, &why);
+            // It was welcome, and may know that.
+            return match held.run == run {
+                true => End::Lost(Lost {
+                    heard: Instant::now(),
+                    why,
+                    given_up: false,
+                    again: None,
+                }),
+                false => End::Refused(e),
+            };
+        }
+    };
+    (held.generation, held.run) = (generation, run);
+    let (_, mut incoming, data) = data.accept(generation);
+    let timeouts = receiver
+        .set_timeout(offer.timeout)
+        .and_then(|()| incoming.set_timeout(FOR_EVER));
+    if let Err(e) = timeouts {
+        return End::Failed(e);
+    }
     let seen = Arc::new(AtomicU64::new(0));
     let newest = Arc::clone(&seen);
     let stamp = move || newest.load(Ordering::Relaxed);
-    let heartbeat = match Heartbeat::start(sender.clone(), offer.timeout, stamp) {
+    let heartbeat = match Heartbeat::start(control.clone(), offer.timeout, stamp) {
         Ok(heartbeat) => heartbeat,
         Err(e) => return End::Failed(e),
     };
-    let mut session = Session {
-        offer,
+    let stage = Staging::new(offer, generation, held.epoch, &seen, &control);
+    let outcome = work(
+        parts, held, run, offer, receiver, incoming, stage, &handle, &data,
+    );
+    match outcome {
+        Outcome::Lost(lost) => End::Lost(lost),
+        // It may be a damaged stream: what was sent and not acknowledged stays held there, and the
+        // primary can come again and go on.
+        Outcome::Nonsense(heard, e) => End::Lost(Lost {
+            heard,
+            why: nonsense(&e),
+            given_up: false,
+            again: None,
+        }),
+        Outcome::DataLost(why) => End::Failed(anyhow!("{why}")),
+        Outcome::Asked => End::Asked,
+        Outcome::Failed(e) => End::Failed(e),
+        Outcome::Bye(why) => End::Bye(why),
+        Outcome::Handover(epoch) if epoch == held.epoch => End::Handover(Handover {
+            control,
+            handle,
+            _heartbeat: heartbeat,
+        }),
+        Outcome::Handover(epoch) => {
+            let why = format!(
+                "epoch {epoch} was handed over, but {} is held here",
+                held.epoch
+            );
+            refuse(&control, &handle, Kind::Error, &why);
+            End::Failed(anyhow!("{why}"))
+        }
+    }
+}
+
+/// Welcomes the primary, and waits for its data stream.
+fn welcome(control: &Sender, offer: &Offer, held: u64, callers: &Callers) -> Result<Caller> {
+    let mut random = [0; 16];
+    getrandom(&mut random, GetRandomFlags::empty()).context("no random numbers")?;
+    let token = Token(u128::from_le_bytes(random));
+    let welcome = Welcome {
+        timeout_ms: u32::try_from(offer.timeout.as_millis()).unwrap_or(u32::MAX),
         held,
-        image,
-        trace,
-        live,
-        stop,
-        sender: &sender,
-        receiver,
-        seen: &seen,
-        stage: None,
+        token,
     };
-    let end = session.run();
-    match &end {
-        End::Dead(..) => sender.cut(),
-        End::Asked => {
-            let _ = sender.send(Kind::Bye, 0, b"the standby was ended");
-            sender.shutdown();
+    control.send(Kind::Welcome, 0, &welcome.encode())?;
+    let begin = Instant::now();
+    while begin.elapsed() < INTRODUCTION {
+        match callers.next(TICK) {
+            Some((caller, _)) if caller.attaches(token) => return Ok(caller),
+            Some((caller, _)) => caller.refuse(Kind::Error, BUSY),
+            None => {}
         }
-        End::Failed(e) => refuse(&sender, &stream, &format!("{e:#}")),
-        End::Bye(_) | End::Refused(_) => sender.shutdown(),
     }
-    drop(heartbeat);
-    end
+    Err(anyhow!("no data stream came"))
 }
 
-/// Reads the primary's hello and answers it.
-fn welcome(stream: &TcpStream, offer: &Offer) -> Result<(Sender, Receiver, u64)> {
-    stream
-        .set_nodelay(true)
-        .context("cannot set up the connection")?;
-    stream
-        .set_write_timeout(Some(INTRODUCTION))
-        .context("cannot set up the connection")?;
-    let mut receiver = Receiver::new(stream, INTRODUCTION)?;
-    let checked = receiver
-        .next()
-        .map_err(Error::from)
-        .and_then(|(header, payload)| {
-            check_hello(offer, &header, &payload)?;
-            Ok(header.generation)
-        });
-    match checked {
-        Ok(generation) => {
-            let sender = Sender::new(stream, generation)?;
-            receiver.set_timeout(offer.timeout)?;
-            let timeout_ms = u32::try_from(offer.timeout.as_millis()).unwrap_or(u32::MAX);
-            sender.send(Kind::Welcome, 0, &Welcome { timeout_ms }.encode())?;
-            Ok((sender, receiver, generation))
+/// What another caller is told meanwhile.
+const BUSY: &str = "this standby serves a primary already";
+
+/// What ends a connection.
+pub(crate) enum Outcome {
+    Lost(Lost),
+    DataLost(String),
+    Nonsense(Instant, Error),
+    Bye(String),
+    Asked,
+    Handover(u64),
+    Failed(Error),
+}
+
+/// What is to be done to the image.
+pub(crate) enum Work {
+    /// A frame of pages, without an epoch being whole.
+    Pages(Vec<u8>),
+    /// An epoch that was acknowledged.
+    Whole(Stage),
+}
+
+/// Runs the threads until something ends it. All that was acknowledged is applied on return.
+#[allow(clippy::too_many_arguments)]
+fn work(
+    parts: &mut Parts<'_>,
+    held: &mut Held,
+    run: u128,
+    offer: &Offer,
+    receiver: Receiver,
+    incoming: Receiver,
+    mut stage: Staging<'_>,
+    handle: &Handle,
+    data: &Handle,
+) -> Outcome {
+    let (outcomes, outcome) = channel();
+    let (queue, todo) = sync_channel(AHEAD);
+    let control = stage.control.clone();
+    let seen = stage.seen;
+    let Parts {
+        callers,
+        image,
+        machine,
+        report,
+        stop,
+        tick,
+    } = parts;
+    let report: &Report = report;
+    thread::scope(|scope| {
+        let (of_control, of_data, of_apply) = (outcomes.clone(), outcomes.clone(), outcomes);
+        let listening = move || {
+            let _ = of_control.send(listen(receiver, seen, report));
+        };
+        let staging = move || {
+            let _ = of_data.send(stage.run(incoming, queue));
+        };
+        let applying = move || {
+            if let Err(e) = apply_all(&todo, *image, offer, held, report) {
+                let _ = of_apply.send(Outcome::Failed(e));
+            }
+        };
+        let spawn = || -> std::io::Result<()> {
+            Builder::new()
+                .name("apply".into())
+                .spawn_scoped(scope, applying)?;
+            Builder::new()
+                .name("stage".into())
+                .spawn_scoped(scope, staging)?;
+            Builder::new()
+                .name("control".into())
+                .spawn_scoped(scope, listening)?;
+            Ok(())
+        };
+        let ended = match spawn() {
+            Ok(()) => watch(&outcome, callers, *machine, offer, run, stop, *tick),
+            Err(e) => Outcome::Failed(e.into()),
+        };
+        let farewell = match &ended {
+            Outcome::Nonsense(_, e) => Some((Kind::Error, nonsense(e))),
+            Outcome::Failed(e) => Some((Kind::Error, format!("{e:#}"))),
+            Outcome::Asked => Some((Kind::Bye, "the standby was ended".to_owned())),
+            _ => None,
+        };
+        if let Some((kind, why)) = farewell {
+            let _ = control.send(kind, 0, why.as_bytes());
+            // Until the primary has read it, and closes.
+            let _ = handle.stream().shutdown(std::net::Shutdown::Write);
+            let begin = Instant::now();
+            while begin.elapsed() < Duration::from_secs(1) {
+                match outcome.recv_timeout(TICK) {
+                    Ok(Outcome::Lost(_)) | Err(RecvTimeoutError::Disconnected) => break,
+                    _ => {}
+                }
+            }
         }
-        Err(e) => {
-            refuse(&Sender::new(stream, 0)?, stream, &format!("{e:#}"));
-            Err(e)
+        if !matches!(ended, Outcome::Handover(_)) {
+            // No acknowledgement may get through after this.
+            control.cut();
+        }
+        data.cut();
+        ended
+    })
+}
+
+/// What the primary is told of what makes no sense.
+fn nonsense(e: &Error) -> String {
+    format!("what the primary sends makes no sense: {e:#}")
+}
+
+/// Waits for the first outcome, and meanwhile for what cannot notify.
+fn watch(
+    outcome: &Queue<Outcome>,
+    callers: &Callers,
+    machine: &mut dyn Machine,
+    offer: &Offer,
+    run: u128,
+    stop: &AtomicBool,
+    tick: &dyn Fn(),
+) -> Outcome {
+    loop {
+        tick();
+        match outcome.recv_timeout(TICK) {
+            // The control stream may tell why.
+            Ok(Outcome::DataLost(why)) => {
+                return outcome.recv_timeout(TICK * 4).unwrap_or_else(|_| {
+                    Outcome::Lost(Lost {
+                        heard: Instant::now(),
+                        why: format!("the data stream ended: {why}"),
+                        given_up: false,
+                        again: None,
+                    })
+                });
+            }
+            Ok(outcome) => return outcome,
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                return Outcome::Failed(anyhow!("all threads have ended"));
+            }
+        }
+        if stop.load(Ordering::Relaxed) {
+            return Outcome::Asked;
+        }
+        if let Err(e) = machine.ready() {
+            return Outcome::Failed(e);
+        }
+        while let Some((caller, address)) = callers.next(Duration::ZERO) {
+            // The primary knows best that the connection is lost.
+            if caller.hello(offer).is_ok_and(|(_, other)| other == run) {
+                return Outcome::Lost(Lost {
+                    heard: Instant::now(),
+                    why: format!("the primary has called again, from {address}"),
+                    given_up: false,
+                    again: Some(Box::new(caller)),
+                });
+            }
+            caller.refuse(Kind::Error, BUSY);
         }
     }
 }
 
-fn check_hello(offer: &Offer, header: &Header, payload: &[u8]) -> Result<()> {
-    if header.kind != Kind::Hello {
-        bail!("the first frame is {:?}, not a hello", header.kind);
-    }
-    let hello = Hello::decode(payload)?;
-    if hello.name != offer.domain {
-        bail!(
-            "this standby is for domain {}, not for {}",
-            offer.domain,
-            hello.name
-        );
-    }
-    if hello.memory != offer.memory {
-        bail!(
-            "domain {} has {} bytes of memory on the primary and {} on the standby: \
-             use the same configuration on both hosts",
-            offer.domain,
-            hello.memory,
-            offer.memory
-        );
-    }
-    if hello.page_size as usize != PAGE_SIZE {
-        bail!(
-            "the primary's pages have {} bytes, the standby's {PAGE_SIZE}",
-            hello.page_size
-        );
-    }
-    Ok(())
-}
-
-/// Tells the other side why, and closes so that it can read that.
-fn refuse(sender: &Sender, stream: &TcpStream, why: &str) {
-    if sender.send(Kind::Error, 0, why.as_bytes()).is_err() {
-        return;
-    }
-    let _ = stream.shutdown(std::net::Shutdown::Write);
-    // What it still sends would make the kernel reset the connection, and the reason be lost.
-    let _ = stream.set_read_timeout(Some(Duration::from_millis(300)));
-    let (begin, mut sink) = (Instant::now(), [0; 1 << 14]);
-    while begin.elapsed() < Duration::from_secs(1) {
-        match std::io::Read::read(&mut &*stream, &mut sink) {
-            Ok(n) if n > 0 => {}
-            _ => break,
+/// Listens to the control stream until it ends.
+fn listen(mut receiver: Receiver, seen: &AtomicU64, report: &Report) -> Outcome {
+    loop {
+        let (header, payload) = match receiver.next() {
+            Ok(frame) => frame,
+            Err(Broken::Wire(e)) => return Outcome::Nonsense(receiver.heard(), e.into()),
+            Err(e) => return lost(&receiver, e.to_string(), false),
+        };
+        report.heard();
+        let text = || String::from_utf8_lossy(&payload).into_owned();
+        match header.kind {
+            Kind::Heartbeat => match Stamp::decode(&payload) {
+                Ok(stamp) => {
+                    seen.fetch_max(stamp.0, Ordering::Relaxed);
+                }
+                Err(e) => return Outcome::Nonsense(receiver.heard(), e.into()),
+            },
+            Kind::Bye => return Outcome::Bye(text()),
+            Kind::Error => return lost(&receiver, format!("it reports: {}", text()), true),
+            Kind::Handover => return Outcome::Handover(header.epoch),
+            kind => {
+                let e = anyhow!("{kind:?} has no place on the control stream");
+                return Outcome::Nonsense(receiver.heard(), e);
+            }
         }
     }
-    sender.shutdown();
+}
+
+fn lost(receiver: &Receiver, why: String, given_up: bool) -> Outcome {
+    Outcome::Lost(Lost {
+        heard: receiver.heard(),
+        why,
+        given_up,
+        again: None,
+    })
 }
 
 /// An epoch that is not whole yet.
-struct Stage {
+pub(crate) struct Stage {
     epoch: u64,
-    /// Records, as they came.
+    /// Payloads with pages, as they came, but checked.
     frames: Vec<Vec<u8>>,
     pages: u64,
-    /// The next page number has to be at least this.
-    next_page: u64,
     state: Vec<u8>,
     begin: Instant,
+    staged: Instant,
     bytes: u64,
 }
 
-struct Session<'a> {
+/// The data stream's side.
+pub(crate) struct Staging<'a> {
     offer: &'a Offer,
-    held: &'a mut Held,
-    image: &'a mut dyn Image,
-    trace: &'a Trace,
-    live: &'a Shared,
-    stop: &'a Arc<AtomicBool>,
-    sender: &'a Sender,
-    receiver: Receiver,
-    /// The newest of the primary's stamps.
-    seen: &'a AtomicU64,
+    generation: u64,
+    /// The newest epoch that is whole.
+    newest: u64,
+    /// There is no image yet that would have to stay whole: no need to keep it all twice.
+    direct: bool,
     stage: Option<Stage>,
+    scratch: Scratch,
+    /// The newest of the primary's stamps, which come on the control stream.
+    seen: &'a AtomicU64,
+    control: &'a Sender,
 }
 
-/// Whose fault it is that a frame cannot be dealt with.
-enum Fault {
-    /// This side's: it cannot go on.
-    Ours(Error),
-    /// The primary's: it makes no sense.
-    Theirs(Error),
+/// Shorthand for what makes no sense.
+macro_rules! nonsense {
+    ($($arg:tt)*) => { return Err(anyhow!($($arg)*)) };
 }
 
-impl<E: Into<Error>> From<E> for Fault {
-    fn from(e: E) -> Self {
-        Self::Theirs(e.into())
+impl<'a> Staging<'a> {
+    /// Goes on after the epoch `newest`, or begins with 0.
+    pub(crate) fn new(
+        offer: &'a Offer,
+        generation: u64,
+        newest: u64,
+        seen: &'a AtomicU64,
+        control: &'a Sender,
+    ) -> Self {
+        Self {
+            offer,
+            generation,
+            newest,
+            direct: newest == 0,
+            stage: None,
+            scratch: Scratch::new(),
+            seen,
+            control,
+        }
     }
-}
 
-/// Shorthand for a fault of the primary's.
-macro_rules! theirs {
-    ($($arg:tt)*) => { return Err(Fault::Theirs(anyhow::anyhow!($($arg)*))) };
-}
-
-impl Session<'_> {
-    fn run(&mut self) -> End {
+    /// Stages what comes in, until the stream ends or makes no sense.
+    pub(crate) fn run(&mut self, mut incoming: Receiver, queue: SyncSender<Work>) -> Outcome {
         loop {
-            let (header, payload) = match self.receiver.next() {
+            let (header, payload) = match incoming.next() {
                 Ok(frame) => frame,
-                Err(_) if self.stop.load(Ordering::Relaxed) => return End::Asked,
-                Err(Broken::Wire(e)) => return self.nonsense(&e.into()),
-                Err(e) => return self.dead(e.to_string()),
+                Err(Broken::Wire(e)) => return Outcome::Nonsense(incoming.heard(), e.into()),
+                Err(e) => return Outcome::DataLost(e.to_string()),
             };
-            let text = || String::from_utf8_lossy(&payload).into_owned();
-            let result = match header.kind {
-                Kind::Bye => return End::Bye(text()),
-                Kind::Error => return self.dead(format!("it reports: {}", text())),
-                _ => self.frame(&header, payload),
-            };
-            match result {
-                Ok(()) => {}
-                Err(Fault::Ours(e)) => return End::Failed(e),
-                Err(Fault::Theirs(e)) => return self.nonsense(&e),
-            }
-            if self.stop.load(Ordering::Relaxed) {
-                return End::Asked;
+            match self.frame(&header, payload) {
+                Ok(None) => {}
+                Ok(Some(work)) => {
+                    // Who applies has told the reason if it has ended.
+                    if queue.send(work).is_err() {
+                        return Outcome::DataLost("nothing can be applied".into());
+                    }
+                }
+                Err(e) => return Outcome::Nonsense(incoming.heard(), e),
             }
         }
     }
 
-    fn frame(&mut self, header: &Header, payload: Vec<u8>) -> Result<(), Fault> {
-        if header.generation != self.held.generation {
-            theirs!("a frame is of generation {}", header.generation);
+    fn frame(&mut self, header: &Header, payload: Vec<u8>) -> Result<Option<Work>> {
+        if header.generation != self.generation {
+            nonsense!("a frame is of generation {}", header.generation);
         }
         match header.kind {
-            Kind::Heartbeat => {
-                self.seen
-                    .fetch_max(Stamp::decode(&payload)?.0, Ordering::Relaxed);
-                Ok(())
-            }
-            Kind::EpochBegin => self.begin(header, &payload),
+            Kind::EpochBegin => self.begin(header, &payload).map(|()| None),
             Kind::Pages => self.pages(header, payload),
-            Kind::DeviceState => self.device_state(header, &payload),
+            Kind::DeviceState => self.device_state(header, &payload).map(|()| None),
             Kind::EpochEnd => self.end(header, &payload),
-            kind => theirs!("{kind:?} has no place here"),
+            kind => nonsense!("{kind:?} has no place on the data stream"),
         }
     }
 
-    fn dead(&self, why: String) -> End {
-        End::Dead(self.receiver.heard(), why)
-    }
-
-    /// The primary makes no sense: it is told, and counts as dead. What it has sent and was not
-    /// acknowledged stays held there, so to go on here is safe.
-    fn nonsense(&self, e: &Error) -> End {
-        let why = format!("what the primary sends makes no sense: {e:#}");
-        let _ = self.sender.send(Kind::Error, 0, why.as_bytes());
-        self.dead(why)
-    }
-
-    fn begin(&mut self, header: &Header, payload: &[u8]) -> Result<(), Fault> {
+    fn begin(&mut self, header: &Header, payload: &[u8]) -> Result<()> {
         let base = EpochBegin::decode(payload)?.base;
-        let held = self.held.epoch;
         if self.stage.is_some() {
-            theirs!("epoch {} begins within another", header.epoch);
+            nonsense!("epoch {} begins within another", header.epoch);
         }
-        if header.epoch <= held {
-            theirs!("epoch {} comes after {held}", header.epoch);
+        if header.epoch <= self.newest {
+            nonsense!("epoch {} comes after {}", header.epoch, self.newest);
         }
-        if base != held {
-            theirs!(
-                "epoch {} goes on top of {base}, but {held} is here",
-                header.epoch
+        if base != self.newest {
+            nonsense!(
+                "epoch {} goes on top of {base}, but {} is here",
+                header.epoch,
+                self.newest
             );
         }
+        let now = Instant::now();
         self.stage = Some(Stage {
             epoch: header.epoch,
             frames: Vec::new(),
             pages: 0,
-            next_page: 0,
             state: Vec::new(),
-            begin: Instant::now(),
+            begin: now,
+            staged: now,
             bytes: 0,
         });
         Ok(())
     }
 
-    fn stage(&mut self, header: &Header) -> Result<&mut Stage, Fault> {
+    fn stage(&mut self, header: &Header) -> Result<&mut Stage> {
         match &mut self.stage {
             Some(stage) if stage.epoch == header.epoch => Ok(stage),
-            _ => theirs!(
+            _ => nonsense!(
                 "{:?} of epoch {}, which has not begun",
                 header.kind,
                 header.epoch
@@ -335,95 +564,117 @@ impl Session<'_> {
         }
     }
 
-    fn pages(&mut self, header: &Header, payload: Vec<u8>) -> Result<(), Fault> {
+    fn pages(&mut self, header: &Header, payload: Vec<u8>) -> Result<Option<Work>> {
         let limit = self.offer.memory / PAGE_SIZE as u64;
-        // There is no image yet that would have to stay whole: no need to keep it all twice.
-        let direct = self.held.epoch == 0;
+        let direct = self.direct;
+        // Before anything is acknowledged: what was checked can be applied.
+        let count = pages::check(&payload, limit, &mut self.scratch)?;
         let stage = self.stage(header)?;
-        for (page, _) in records(&payload)? {
-            if page < stage.next_page || page >= limit {
-                theirs!("page {page} is out of order");
-            }
-            stage.next_page = page + 1;
-            stage.pages += 1;
-        }
+        stage.pages += count;
         stage.bytes += payload.len() as u64;
-        if direct {
-            self.held.begun = true;
-            apply(self.image, &payload).map_err(Fault::Ours)?;
-        } else {
-            stage.frames.push(payload);
+        if stage.pages > limit {
+            nonsense!("epoch {} has more pages than the memory", header.epoch);
         }
-        Ok(())
+        if direct {
+            return Ok(Some(Work::Pages(payload)));
+        }
+        stage.frames.push(payload);
+        Ok(None)
     }
 
-    fn device_state(&mut self, header: &Header, payload: &[u8]) -> Result<(), Fault> {
+    fn device_state(&mut self, header: &Header, payload: &[u8]) -> Result<()> {
         let stage = self.stage(header)?;
         if stage.state.len() as u64 + payload.len() as u64 > STATE_MAX {
-            theirs!("the device state is larger than {STATE_MAX} bytes");
+            nonsense!("the device state is larger than {STATE_MAX} bytes");
         }
         stage.state.extend_from_slice(payload);
         stage.bytes += payload.len() as u64;
         Ok(())
     }
 
-    fn end(&mut self, header: &Header, payload: &[u8]) -> Result<(), Fault> {
+    fn end(&mut self, header: &Header, payload: &[u8]) -> Result<Option<Work>> {
         let end = EpochEnd::decode(payload)?;
         let stage = self.stage(header)?;
-        if (stage.pages, stage.state.len() as u64) != (end.pages, end.state) || end.state == 0 {
-            theirs!("epoch {} is not whole", header.epoch);
+        if (stage.pages, stage.state.len() as u64) != (end.pages, end.state) {
+            nonsense!("epoch {} is not whole", header.epoch);
         }
-        self.seen.fetch_max(end.stamp, Ordering::Relaxed);
-        match self.stage.take() {
-            Some(stage) => self.whole(stage).map_err(Fault::Ours),
-            None => Ok(()),
+        if end.state == 0 && !self.direct {
+            nonsense!("epoch {} has no device state", header.epoch);
         }
-    }
-
-    /// Acknowledges an epoch and applies it.
-    fn whole(&mut self, stage: Stage) -> Result<()> {
-        let staged = Instant::now();
-        self.image.ready()?;
+        let Some(mut stage) = self.stage.take() else {
+            return Ok(None);
+        };
+        if end.state == 0 {
+            return Ok(None);
+        }
+        stage.staged = Instant::now();
         // If this fails the primary is gone, which the next read tells. The epoch is whole either
         // way, and nothing of a later one can have been seen by anybody.
         let seen = Stamp(self.seen.load(Ordering::Relaxed)).encode();
-        let _ = self.sender.send(Kind::Ack, stage.epoch, &seen);
-        for frame in &stage.frames {
-            apply(self.image, frame)
-                .context("the image is torn, nothing can be resumed from it")?;
-        }
-        let applied = Instant::now();
-        if self.held.epoch == 0 {
-            say!(
-                "epoch {} is here: {} is protected",
-                stage.epoch,
-                self.offer.domain
-            );
-        }
-        self.held.epoch = stage.epoch;
-        self.held.state = stage.state;
-        self.trace.event(
-            "epoch",
-            json!({
-                "epoch": stage.epoch,
-                "pages": stage.pages,
-                "bytes": stage.bytes,
-                "stage_ms": ms(staged - stage.begin),
-                "apply_ms": ms(applied - staged),
-            }),
-        );
-        let mut live = lock(self.live);
-        live.state = "replicating".into();
-        live.epoch = stage.epoch;
-        live.epochs += 1;
-        live.dirty_pages = Some(stage.pages);
-        Ok(())
+        let _ = self.control.send(Kind::Ack, stage.epoch, &seen);
+        (self.newest, self.direct) = (stage.epoch, false);
+        Ok(Some(Work::Whole(stage)))
     }
 }
 
-fn apply(image: &mut dyn Image, payload: &[u8]) -> Result<()> {
-    for (page, content) in records(payload)? {
-        image.write(page, content)?;
+/// An image as the codec wants it.
+struct Memory<'a>(&'a mut dyn Image);
+
+impl pages::Image for Memory<'_> {
+    type Error = Error;
+
+    fn read(&mut self, page: u64, to: &mut [u8; PAGE_SIZE]) -> Result<()> {
+        self.0.read(page, to)
+    }
+
+    fn write(&mut self, page: u64, content: &[u8; PAGE_SIZE]) -> Result<()> {
+        self.0.write(page, content)
+    }
+}
+
+/// Applies what was staged, in order, until no more comes.
+pub(crate) fn apply_all(
+    todo: &Queue<Work>,
+    image: &mut dyn Image,
+    offer: &Offer,
+    held: &mut Held,
+    report: &Report,
+) -> Result<()> {
+    let limit = offer.memory / PAGE_SIZE as u64;
+    let mut scratch = Scratch::new();
+    let mut apply = |frame: &[u8]| -> Result<()> {
+        pages::apply(frame, limit, &mut scratch, &mut Memory(image))
+            .map_err(|e| anyhow!("{e:#}: the image is torn, nothing can be resumed from it"))?;
+        Ok(())
+    };
+    for work in todo {
+        let stage = match work {
+            Work::Pages(frame) => {
+                apply(&frame)?;
+                continue;
+            }
+            Work::Whole(stage) => stage,
+        };
+        let begin = Instant::now();
+        for frame in &stage.frames {
+            apply(frame)?;
+        }
+        let took = begin.elapsed();
+        if held.epoch == 0 {
+            say!(
+                "epoch {} is here: {} is protected",
+                stage.epoch,
+                offer.domain
+            );
+        }
+        (held.epoch, held.state) = (stage.epoch, stage.state);
+        report.applied(&Applied {
+            epoch: stage.epoch,
+            pages: stage.pages,
+            bytes: stage.bytes,
+            stage_ms: ms(stage.staged - stage.begin),
+            apply_ms: ms(took),
+        });
     }
     Ok(())
 }

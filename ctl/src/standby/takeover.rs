@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 
 //! Take-over: the waiting virtual machine becomes the domain.
 
@@ -9,7 +9,8 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::host::kernel::Successor;
-use crate::report::trace::{ms, Trace};
+use crate::report::trace::ms;
+use crate::report::Report;
 use crate::say;
 use crate::standby::serve::Held;
 
@@ -39,8 +40,7 @@ pub fn take_over(
     successor: &mut dyn Successor,
     held: &Held,
     heard: Instant,
-    noticed: Instant,
-    trace: &Trace,
+    report: &Report,
 ) -> Result<Phases> {
     let begin = Instant::now();
     successor
@@ -54,13 +54,13 @@ pub fn take_over(
     }
     let announced = Instant::now();
     let phases = Phases {
-        detect_ms: ms(noticed.saturating_duration_since(heard)),
+        detect_ms: ms(begin.saturating_duration_since(heard)),
         load_ms: ms(loaded - begin),
         resume_ms: ms(resumed - loaded),
         announce_ms: ms(announced - resumed),
         epoch: held.epoch,
         generation: held.generation + 1,
     };
-    trace.event("takeover", json!(phases));
+    report.event("takeover", json!(phases));
     Ok(phases)
 }

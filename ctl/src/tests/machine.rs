@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 
 //! The whole loop with real QEMUs (emulated, so that it runs anywhere), on files in the place of the
 //! RAM device: a program that counts in memory goes on where the last epoch left it.
@@ -9,22 +9,27 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::channel;
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::Result;
 use remus_core::uapi::ram::PAGE_SIZE;
 
-use super::model::{until, Model};
-use crate::host::kernel::{Guest, Image};
+use super::model::{until, Model, Patient};
+use crate::host::kernel::Guest;
 use crate::host::qmp::Qmp;
 use crate::host::ram::Ram;
 use crate::host::vmm::Vmm;
+use crate::peer::channel::{Channel, Way};
+use crate::peer::door::Limits;
 use crate::peer::stream::lock;
-use crate::primary::protect::{self, introduce, Parts, Plan};
-use crate::report::live::Shared;
-use crate::report::trace::Trace;
+use crate::primary::link::introduce;
+use crate::primary::pace::Pace;
+use crate::primary::pipeline::Encoding;
+use crate::primary::protect::{self, Parts, Plan};
+use crate::report::Report;
+use crate::standby::caller::{Caller, Callers};
 use crate::standby::serve::{self as standby, serve, Held, Offer};
 use crate::standby::takeover::take_over;
 
@@ -39,18 +44,6 @@ impl Drop for Killed {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
-    }
-}
-
-struct FileImage(Ram);
-
-impl Image for FileImage {
-    fn ready(&mut self) -> Result<()> {
-        Ok(())
-    }
-
-    fn write(&mut self, page: u64, content: &[u8]) -> Result<()> {
-        self.0.write(page, content)
     }
 }
 
@@ -155,52 +148,63 @@ fn survives_its_host() {
     let (mut vmm, mut successor) = Vmm::start(&waiting, &at("b.qmp"), &at("b.log")).unwrap();
 
     let copy = primary_ram.clone();
-    let model = Model::new(Arc::new(move || fs::read(&copy).unwrap()));
+    let model = Model::new(Arc::new(move |_| fs::read(&copy).unwrap()));
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let (far, _) = listener.accept().unwrap();
+    let address = listener.local_addr().unwrap();
+    let callers = Callers::open(listener, Way::Plain, Limits::default(), Caller::meet).unwrap();
     let trace_path = at("trace");
+    let timeout = Duration::from_millis(800);
     let plan = Plan {
         domain: "count".into(),
         memory: MEMORY,
         generation: 1,
-        interval: Duration::from_millis(50),
-        timeout: Duration::from_millis(800),
+        run: 1,
+        pace: Pace::Fixed(Duration::from_millis(50)),
+        timeout,
         depth: 4,
+        encoding: Encoding {
+            encoders: 2,
+            cache_bytes: MEMORY as usize,
+            raw: false,
+        },
+        copy_in_pause: false,
     };
     let ram = standby_ram.clone();
     let receiving = thread::spawn(move || {
-        let timeout = Duration::from_millis(800);
         let offer = Offer {
             domain: "count".into(),
             memory: MEMORY,
             timeout,
         };
-        let (mut held, mut image) = (Held::default(), FileImage(Ram::open(&ram).unwrap()));
-        let (live, stop) = (Shared::default(), Arc::new(AtomicBool::new(false)));
-        let end = serve(
-            far,
-            &offer,
-            &mut held,
-            &mut image,
-            &Trace::default(),
-            &live,
-            &stop,
-        );
-        (end, held, Instant::now())
+        let (mut held, mut image) = (Held::default(), Ram::open(&ram).unwrap());
+        let mut parts = standby::Parts {
+            callers: &callers,
+            image: &mut image,
+            machine: &mut Patient,
+            report: &Report::default(),
+            stop: &AtomicBool::new(false),
+            tick: &|| {},
+        };
+        let (caller, _) = callers.next(Duration::from_secs(20)).unwrap();
+        let end = serve(caller, &offer, &mut held, &mut parts);
+        (end, held)
     });
-    let link = introduce(&plan, &near).unwrap();
-    drop(near);
-    let parts = Parts {
+    let mut connect = move || Channel::connect(TcpStream::connect(address)?, &Way::Plain, timeout);
+    let link = introduce(&plan, &mut connect).unwrap();
+    let mut parts = Parts {
         guest: Box::new(guest),
         sealer: Box::new(model.clone()),
         committer: Box::new(model.clone()),
         pages: Box::new(model.clone()),
-        trace: Trace::open(Some(&trace_path)).unwrap(),
-        live: Shared::default(),
+        hearing: None,
+        report: Report::open(Some(&trace_path)).unwrap(),
+        orders: channel().1,
         stop: Arc::default(),
     };
-    let protecting = thread::spawn(move || protect::run(&plan, parts, link));
+    let protecting = thread::spawn(move || {
+        let mut pace = plan.pace;
+        protect::run(&plan, &mut parts, link, &mut pace)
+    });
     until("20 commits", Duration::from_secs(60), || {
         lock(&model.book).commits.len() >= 20
     });
@@ -209,10 +213,12 @@ fn survives_its_host() {
     // Its machine is gone without a word, so the loop ends, and the standby takes over.
     let primary = protecting.join().unwrap();
     assert!(matches!(primary, protect::End::Failed(_)), "{primary}");
-    let (end, held, noticed) = receiving.join().unwrap();
-    let standby::End::Dead(heard, _) = end else {
-        panic!("{end:?}")
+    let (end, held) = receiving.join().unwrap();
+    let standby::End::Lost(lost) = end else {
+        panic!("not lost")
     };
+    // It has said so.
+    assert!(lost.given_up, "{}", lost.why);
     let book = lock(&model.book);
     assert!(*book.commits.last().unwrap() <= held.epoch);
     let image = fs::read(&standby_ram).unwrap();
@@ -226,7 +232,7 @@ fn survives_its_host() {
 
     let before = counter(&standby_ram);
     assert!(before > 0);
-    let phases = take_over(&mut successor, &held, heard, noticed, &Trace::default()).unwrap();
+    let phases = take_over(&mut successor, &held, lost.heard, &Report::default()).unwrap();
     assert_eq!((phases.epoch, phases.generation), (held.epoch, 2));
     assert_eq!(successor.status().unwrap(), "running");
     until("the count to go on", Duration::from_secs(20), || {
@@ -240,9 +246,13 @@ fn survives_its_host() {
         .lines()
         .map(|l| serde_json::from_str(l).unwrap())
         .collect();
-    assert!(lines.len() >= 20);
-    for line in &lines {
-        assert_eq!(line["event"], "epoch");
+    let epochs: Vec<_> = lines.iter().filter(|l| l["event"] == "epoch").collect();
+    assert!(epochs.len() >= 20);
+    assert_eq!(
+        lines[0]["event"], "pass",
+        "the first copy went while it ran"
+    );
+    for line in &epochs {
         assert!(line["pause_ms"].as_f64().unwrap() > 0.0);
     }
     eprintln!("{phases:?} {}", lines[lines.len() - 1]);

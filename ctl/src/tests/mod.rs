@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 
 //! Tests of the two loops against each other, with a model in the kernel's place.
 
@@ -7,3 +7,4 @@
 mod faults;
 mod machine;
 mod model;
+mod replay;

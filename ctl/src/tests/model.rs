@@ -1,10 +1,10 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 
 //! Models of the kernel side and of a guest, and a connection that can be made to fail.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -15,11 +15,11 @@ use remus_core::epoch::Epochs;
 use remus_core::uapi::ram::{self, PAGE_SIZE, RECORD_SIZE};
 use remus_proto::frame;
 
-use crate::host::kernel::{Domain, Done, Guest, Image, Kernel, Pages};
+use crate::host::kernel::{Domain, Done, Guest, Image, Kernel, Machine, Pages, Seal};
 use crate::peer::stream::lock;
 
-/// How a guest's memory is looked at.
-pub type Look = Arc<dyn Fn() -> Vec<u8> + Send + Sync>;
+/// How a guest's memory is looked at; it has to stand still if told so.
+pub type Look = Arc<dyn Fn(bool) -> Vec<u8> + Send + Sync>;
 
 /// What the kernel would know of a domain.
 pub struct Book {
@@ -32,6 +32,12 @@ pub struct Book {
     /// When they began.
     pub begun: Vec<Instant>,
     last: Vec<u8>,
+    /// Seals with the guest standing still before each epoch's: the number of its state.
+    pub saves: BTreeMap<u64, usize>,
+    /// Pages of aborted epochs.
+    folded: Vec<u64>,
+    /// Nothing is held.
+    pub passing: bool,
 }
 
 /// A kernel that finds out what was written by comparing. Clones are the same kernel.
@@ -45,6 +51,8 @@ pub struct Model {
     pub commits: Arc<AtomicU64>,
     /// Milliseconds that each commit takes.
     pub commit_takes: Arc<AtomicU64>,
+    /// Epochs that all of the memory was sealed in.
+    pub fulls: Arc<Mutex<Vec<u64>>>,
 }
 
 impl Model {
@@ -56,6 +64,9 @@ impl Model {
             commits: Vec::new(),
             begun: Vec::new(),
             last: Vec::new(),
+            saves: BTreeMap::new(),
+            folded: Vec::new(),
+            passing: false,
         };
         let many = || Arc::new(AtomicU64::new(u64::MAX));
         Self {
@@ -65,6 +76,7 @@ impl Model {
             reads: many(),
             commits: many(),
             commit_takes: Arc::default(),
+            fulls: Arc::default(),
         }
     }
 
@@ -95,27 +107,36 @@ impl Kernel for Model {
         })
     }
 
-    fn seal(&mut self, domain: &str, full: bool) -> Result<Done> {
+    fn seal(&mut self, domain: &str, how: Seal) -> Result<Done> {
         Self::spend(&self.seals, "seal")?;
-        let now = (self.look)();
+        let now = (self.look)(!how.keep_passthrough);
         let mut book = lock(&self.book);
         let Ok(epoch) = book.epochs.seal() else {
             bail!("refused")
         };
+        book.passing &= how.keep_passthrough;
+        if how.full {
+            lock(&self.fulls).push(epoch);
+        }
+        if !how.keep_passthrough {
+            let nth = book.saves.len();
+            book.saves.insert(epoch, nth);
+        }
         let old = |i: usize| book.last.get(i * PAGE_SIZE..(i + 1) * PAGE_SIZE);
         let dirty: Vec<u64> = now
             .chunks(PAGE_SIZE)
             .enumerate()
             .filter(|(i, page)| {
-                if full {
+                if how.full {
                     page.iter().any(|b| *b != 0)
                 } else {
-                    old(*i) != Some(page)
+                    old(*i) != Some(page) || book.folded.contains(&(*i as u64))
                 }
             })
             .map(|(i, _)| i as u64)
             .collect();
         let dirty_pages = dirty.len() as u64;
+        book.folded.clear();
         book.last.clone_from(&now);
         book.snapshots.insert(epoch, now);
         book.dirty.insert(epoch, dirty);
@@ -149,14 +170,28 @@ impl Kernel for Model {
     }
 
     fn abort(&mut self, domain: &str, epoch: u64) -> Result<Done> {
-        if let Err(e) = lock(&self.book).epochs.abort(epoch) {
+        let mut book = lock(&self.book);
+        let open = book.epochs.open();
+        if let Err(e) = book.epochs.abort(epoch) {
             bail!("refused: {e:?}");
         }
+        let pages: Vec<u64> = (epoch..open).flat_map(|e| book.dirty[&e].clone()).collect();
+        book.folded.extend(pages);
+        drop(book);
         Ok(Done {
             domain: domain.into(),
             epoch,
             ..Done::default()
         })
+    }
+
+    fn set_passthrough(&mut self, _: &str, on: bool) -> Result<()> {
+        let mut book = lock(&self.book);
+        if on && !book.passing && book.epochs.sealed() > 0 {
+            bail!("refused: sealed epochs wait");
+        }
+        book.passing = on;
+        Ok(())
     }
 }
 
@@ -230,9 +265,9 @@ impl Toy {
 
     pub fn look(&self) -> Look {
         let (memory, running) = (Arc::clone(&self.memory), Arc::clone(&self.running));
-        Arc::new(move || {
+        Arc::new(move |still| {
             assert!(
-                !running.load(Ordering::SeqCst),
+                !still || !running.load(Ordering::SeqCst),
                 "sealed while the guest runs"
             );
             lock(&memory).0.clone()
@@ -269,6 +304,15 @@ impl Guest for Toy {
         Ok(())
     }
 
+    fn runs(&mut self) -> Result<bool> {
+        Ok(self.running.load(Ordering::SeqCst))
+    }
+
+    fn quit(&mut self) -> Result<()> {
+        self.over.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
     fn ended(&mut self) -> Option<String> {
         None
     }
@@ -277,13 +321,29 @@ impl Guest for Toy {
 /// Memory on the standby.
 pub struct Copy(pub Vec<u8>);
 
+impl Copy {
+    fn page(&mut self, page: u64) -> &mut [u8] {
+        &mut self.0[page as usize * PAGE_SIZE..][..PAGE_SIZE]
+    }
+}
+
 impl Image for Copy {
-    fn ready(&mut self) -> Result<()> {
+    fn read(&mut self, page: u64, to: &mut [u8; PAGE_SIZE]) -> Result<()> {
+        to.copy_from_slice(self.page(page));
         Ok(())
     }
 
-    fn write(&mut self, page: u64, content: &[u8]) -> Result<()> {
-        self.0[page as usize * PAGE_SIZE..][..PAGE_SIZE].copy_from_slice(content);
+    fn write(&mut self, page: u64, content: &[u8; PAGE_SIZE]) -> Result<()> {
+        self.page(page).copy_from_slice(content);
+        Ok(())
+    }
+}
+
+/// A machine that waits for ever.
+pub struct Patient;
+
+impl Machine for Patient {
+    fn ready(&mut self) -> Result<()> {
         Ok(())
     }
 }
@@ -300,11 +360,11 @@ pub enum Failure {
 }
 
 /// A connection to whoever listens at `to`, that fails after `budget` bytes towards it.
-pub fn flaky(to: &TcpListener, budget: usize, failure: Failure) -> TcpStream {
+pub fn flaky(to: SocketAddr, budget: usize, failure: Failure) -> TcpStream {
     let front = TcpListener::bind("127.0.0.1:0").unwrap();
     let near = TcpStream::connect(front.local_addr().unwrap()).unwrap();
     let (mut inner, _) = front.accept().unwrap();
-    let mut far = TcpStream::connect(to.local_addr().unwrap()).unwrap();
+    let mut far = TcpStream::connect(to).unwrap();
     let (mut back_from, mut back_to) = (far.try_clone().unwrap(), inner.try_clone().unwrap());
     let stalled = Arc::new(AtomicBool::new(false));
     let deaf = Arc::clone(&stalled);
