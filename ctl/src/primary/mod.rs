@@ -218,3 +218,19 @@ fn tell(plan: &Plan, end: &End, report: &Report) -> u8 {
     }
     code
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn generations() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(generation(dir.path(), "web").unwrap(), 1);
+        fs::write(generation_file(dir.path(), "web"), "3\n").unwrap();
+        assert_eq!(generation(dir.path(), "web").unwrap(), 3);
+        fs::write(generation_file(dir.path(), "web"), "x").unwrap();
+        let told = generation(dir.path(), "web").unwrap_err().to_string();
+        assert!(told.contains("is damaged"), "{told}");
+    }
+}

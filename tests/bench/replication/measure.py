@@ -87,7 +87,7 @@ class Bench(Hosts):
         """Starts a load."""
         if kind == "redis":
             # So many requests at once that the guest is the limit, not how long replies are held.
-            command = [*redis_benchmark(), "-h", GUEST_IP, "-p", "6379", "-c", "4", "-P", "8", "-t", "set", "-d", "64",
+            command = [*redis_benchmark(), "-h", GUEST_IP, "-p", "6379", "-c", "10", "-P", "20", "-t", "set", "-d", "64",
                        "-r", "20000", "-n", "1000000000", "-q"]
         else:
             more = {"cpu": [self.loops], "replies": [self.path("replies")]}.get(kind, [])
@@ -160,7 +160,7 @@ class Bench(Hosts):
             "medians": {k: middle(k) for k in ("interval_ms", "stop_ms", "seal_ms", "copy_ms", "save_ms", "cont_ms", "commit_lag_ms",
                                                "read_ms", "encode_ms", "send_ms", "dirty_pages")},
         }  # fmt: skip
-        for kind in ("zero", "unchanged", "delta", "lz4", "raw"):
+        for kind in ("zero", "unchanged", "delta", "packed", "lz4", "raw"):
             if any(kind in e for e in epochs):
                 out.setdefault("pages", {})[kind] = sum(e.get(kind) or 0 for e in epochs)
         return out
@@ -202,7 +202,13 @@ class Bench(Hosts):
 
     def was_reset(self):
         """Whether the guest has ended by itself, as it does when the emulated processor resets it."""
-        return os.environ.get("REMUS_ACCEL") != "kvm" and "qemu" in self.processes and self.processes["qemu"].poll() == 0
+        if os.environ.get("REMUS_ACCEL") == "kvm" or "qemu" not in self.processes:
+            return False
+        try:
+            # remusctl may know before the process has ended.
+            return self.processes["qemu"].wait(5) == 0
+        except subprocess.TimeoutExpired:
+            return False
 
     def round(self):
         """Each interval once: not protected, protected, and as plain Remus did it."""
