@@ -3,12 +3,15 @@
 //! `remusctl protect`: gathers what the primary's loop needs, without touching the guest before all
 //! of it is there.
 
+mod commits;
+mod epochs;
 pub mod keep;
 pub mod lease;
 pub mod link;
 pub mod pace;
 pub mod pipeline;
 pub mod protect;
+mod state;
 
 use std::fs;
 use std::io::ErrorKind;

@@ -10,6 +10,8 @@ const SHORTEST: Duration = Duration::from_millis(5);
 const LONGEST: Duration = Duration::from_secs(2);
 /// What a stated delay begins with.
 const FIRST: Duration = Duration::from_millis(25);
+/// Most time that output waits for more of it before it ends an epoch.
+const LINGER: Duration = Duration::from_millis(25);
 /// A guest whose pauses are long gets as much time of its own, up to this.
 const OWN_TIME: Duration = Duration::from_millis(100);
 
@@ -55,6 +57,9 @@ pub struct Pacer {
     least: Instant,
     /// Time between two epochs for [`Pace::Latency`].
     adapted: Duration,
+    /// How long output waits for more: a guest acknowledges a request before it answers it, and if each had an
+    /// epoch of its own, the answer would wait for two pauses.
+    linger: Duration,
 }
 
 impl Pacer {
@@ -66,6 +71,7 @@ impl Pacer {
             begin: now,
             least: now,
             adapted: FIRST,
+            linger: Duration::ZERO,
         }
     }
 
@@ -96,15 +102,18 @@ impl Pacer {
             Pace::OnOutput { .. } | Pace::Latency { .. } => pause.min(OWN_TIME),
         };
         self.begin = begin;
+        self.linger = (pause / 2).min(LINGER);
         self.least = begin + pause + own;
         self.least > begin + self.interval()
     }
 
-    /// When the next epoch has to end; never, if nothing asks for it. `output`: packets wait.
-    pub fn due(&self, output: bool) -> Option<Instant> {
-        match self.pace {
-            Pace::OnOutput { .. } if !output => None,
-            _ => Some(self.least.max(self.begin + self.interval())),
+    /// When the next epoch has to end; never, if nothing asks for it. `output`: since when packets wait.
+    pub fn due(&self, output: Option<Instant>) -> Option<Instant> {
+        let regular = self.least.max(self.begin + self.interval());
+        match (self.pace, output) {
+            (Pace::OnOutput { .. }, None) => None,
+            (Pace::OnOutput { .. }, Some(since)) => Some(regular.max(since + self.linger)),
+            _ => Some(regular),
         }
     }
 
@@ -134,14 +143,14 @@ mod tests {
         let mut pacer = Pacer::new(Pace::Fixed(20 * MS));
         let begin = Instant::now();
         assert!(!pacer.paused(begin, 5 * MS));
-        assert_eq!(pacer.due(false), Some(begin + 20 * MS));
+        assert_eq!(pacer.due(None), Some(begin + 20 * MS));
         assert!(
             pacer.paused(begin, 15 * MS),
             "half of the time is the guest's"
         );
-        assert_eq!(pacer.due(false), Some(begin + 30 * MS));
+        assert_eq!(pacer.due(None), Some(begin + 30 * MS));
         assert!(pacer.paused(begin, 100 * MS));
-        assert_eq!(pacer.due(false), Some(begin + 120 * MS));
+        assert_eq!(pacer.due(None), Some(begin + 120 * MS));
     }
 
     #[test]
@@ -149,10 +158,16 @@ mod tests {
         let mut pacer = Pacer::new(Pace::OnOutput { floor: 10 * MS });
         let begin = Instant::now();
         pacer.paused(begin, MS);
-        assert_eq!(pacer.due(false), None);
-        assert_eq!(pacer.due(true), Some(begin + 10 * MS));
+        assert_eq!(pacer.due(None), None);
+        assert_eq!(pacer.due(Some(begin)), Some(begin + 10 * MS));
         pacer.paused(begin, 8 * MS);
-        assert_eq!(pacer.due(true), Some(begin + 16 * MS));
+        assert_eq!(pacer.due(Some(begin)), Some(begin + 16 * MS));
+        // The answer may follow what was sent first.
+        let late = begin + 50 * MS;
+        assert_eq!(pacer.due(Some(late)), Some(late + 4 * MS));
+        pacer.paused(begin, 300 * MS);
+        let late = begin + 900 * MS;
+        assert_eq!(pacer.due(Some(late)), Some(late + LINGER));
     }
 
     /// A client that sends the next request when it has its reply waits for one interval, or for half of

@@ -3,8 +3,10 @@
 //! `remusctl standby`: the domain, its memory and a waiting virtual machine on this host; a primary
 //! at a time; take-over.
 
+pub(crate) mod apply;
 pub mod caller;
 pub mod serve;
+pub(crate) mod stage;
 pub mod takeover;
 
 use std::fs;

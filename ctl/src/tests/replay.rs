@@ -18,7 +18,9 @@ use super::model::{Copy, Random};
 use crate::peer::channel::{Channel, Way};
 use crate::peer::stream::{Receiver, Sender};
 use crate::report::Report;
-use crate::standby::serve::{apply_all, Held, Offer, Outcome, Staging};
+use crate::standby::apply::apply_all;
+use crate::standby::serve::{Held, Offer, Outcome};
+use crate::standby::stage::Staging;
 
 const PAGES: usize = 12;
 const MINUTE: Duration = Duration::from_secs(60);
