@@ -96,6 +96,16 @@ fn counter(path: &Path) -> u32 {
     u32::from_le_bytes(bytes)
 }
 
+/// Connects to a QEMU that is starting: its socket is there a moment before it listens.
+fn connect(path: &Path) -> Qmp {
+    let mut connected = None;
+    until("the QMP socket", Duration::from_secs(20), || {
+        connected = Qmp::connect(path).ok();
+        connected.is_some()
+    });
+    connected.unwrap()
+}
+
 /// Directory in memory, gone at the end.
 fn directory() -> tempfile::TempDir {
     tempfile::Builder::new()
@@ -129,10 +139,7 @@ fn survives_its_host() {
             .spawn()
             .unwrap(),
     );
-    until("the socket", Duration::from_secs(20), || {
-        at("a.qmp").exists()
-    });
-    let mut guest = Qmp::connect(&at("a.qmp")).unwrap();
+    let mut guest = connect(&at("a.qmp"));
     guest.check_memory(&primary_ram, MEMORY).unwrap();
     let wrong = guest
         .check_memory(&standby_ram, MEMORY)
@@ -285,8 +292,7 @@ fn shutdown_is_not_death() {
             .spawn()
             .unwrap(),
     );
-    until("the socket", Duration::from_secs(20), || qmp.exists());
-    let mut guest = Qmp::connect(&qmp).unwrap();
+    let mut guest = connect(&qmp);
     let sizes: Vec<usize> = (0..30)
         .map(|_| {
             guest.pause().unwrap();
