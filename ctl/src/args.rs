@@ -15,10 +15,10 @@ use crate::config::{Amount, Size};
 /// Exit codes, as `--help` shows them.
 const EXIT_CODES: &str = "\
 Exit codes:
-  0  done; or protection ended because it was asked to, or the guest was shut down
+  0  done; or protection ended because it was asked to, or the guest was handed over or shut down
   1  refused or failed, nothing was changed (doctor: something is missing)
   2  the command line is wrong
-  3  protection ended by a failure: the guest's output stays held
+  3  protection ended by a failure, or the standby has taken over: the guest's output stays held
   4  standby: the primary is dead, and no epoch is whole to resume from
   5  standby: take-over failed";
 

@@ -74,7 +74,10 @@ pub(super) fn receive_all(
                 common.changed.notify_all();
             }
             Kind::Bye => return End::PeerLost(format!("it was ended in good order ({})", text())),
-            Kind::Error => return End::PeerLost(format!("it reports: {}", text())),
+            Kind::Error => {
+                lock(&common.state).refused = true;
+                return End::PeerLost(format!("it reports: {}", text()));
+            }
             kind => return End::PeerLost(format!("it sent {kind:?}, which makes no sense")),
         }
         if header.kind == Kind::Ack {

@@ -337,14 +337,11 @@ impl Epochs<'_> {
             .and_then(|()| common.control.send(Kind::Handover, epoch, &[]).map(drop));
         if let Err(e) = committed {
             // It runs nowhere else: nobody was told to run it.
-            let answer = match self.guest.resume() {
-                Ok(()) => format!("{e:#}; the guest goes on here"),
-                Err(more) => format!("{e:#}; and the guest does not go on: {more:#}"),
-            };
-            let _ = reply.send(Err(answer));
+            self.go_on(&e, reply);
             return;
         }
         match settled(&|state| state.resumed) {
+            Err(e) if lock(&common.state).refused => self.go_on(&e, reply),
             Ok(()) => {
                 let _ = reply.send(Ok(format!(
                     "the guest runs on the standby, from epoch {epoch} on"
@@ -359,6 +356,15 @@ impl Epochs<'_> {
                 self.replace_end(End::Unconfirmed(why));
             }
         }
+    }
+
+    /// The guest was not handed over: it goes on here.
+    fn go_on(&mut self, why: &Error, reply: &Sink<Result<String, String>>) {
+        let answer = match self.guest.resume() {
+            Ok(()) => format!("{why:#}; the guest goes on here"),
+            Err(more) => format!("{why:#}; and the guest does not go on: {more:#}"),
+        };
+        let _ = reply.send(Err(answer));
     }
 
     /// What a handover ends with counts, even if the connection has ended meanwhile.

@@ -136,6 +136,7 @@ pub fn run(plan: &Plan, parts: &mut Parts, link: Link, pace: &mut Pace) -> End {
             full: 0,
             waiting: VecDeque::new(),
             resumed: false,
+            refused: false,
         }),
         changed: Condvar::new(),
         may_commit: Mutex::new(true),

@@ -69,6 +69,8 @@ pub(super) struct State {
     pub(super) waiting: VecDeque<(u64, Instant)>,
     /// The standby has said that the guest runs there.
     pub(super) resumed: bool,
+    /// The standby has said that it cannot go on: no guest runs there.
+    pub(super) refused: bool,
 }
 
 /// What the threads share.

@@ -118,9 +118,6 @@ pub struct Live {
     /// What decides when an epoch ends.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pace: Option<String>,
-    /// The interval asked for.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub interval_ms: Option<f64>,
     /// The interval reached.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub interval_reached_ms: Option<f64>,

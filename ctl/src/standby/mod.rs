@@ -399,6 +399,8 @@ impl Around<'_> {
                 self.report
                     .event("takeover-failed", json!({"reason": format!("{e:#}")}));
                 if let Some(primary) = primary {
+                    // It lets the guest go on when it hears this.
+                    drop(host);
                     primary.failed(&why);
                 }
                 return Ok(5);

@@ -8,8 +8,7 @@
 //!                      └──whole epochs──▶ apply ─▶ image
 //! ```
 //!
-//! One epoch waits to be applied while the next one is staged; then the socket fills and the primary
-//! waits. An epoch is staged as it came, so what is staged is bounded by twice the memory's size. Every
+//! One epoch is applied while the next one is staged; then the socket fills and the primary waits. An epoch is staged as it came, so what is staged is bounded by twice the memory's size. Every
 //! acknowledged epoch is applied before anything else happens.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -33,8 +32,8 @@ use crate::report::Report;
 
 /// How often to look for signals, other callers and the waiting machine.
 const TICK: Duration = Duration::from_millis(50);
-/// How many pieces of work may wait to be applied.
-const AHEAD: usize = 1;
+/// How many pieces of work may wait to be applied, beside the one that is staged.
+const AHEAD: usize = 0;
 /// The data stream may be silent for as long as the guest is.
 const FOR_EVER: Duration = Duration::from_secs(1 << 24);
 
@@ -65,8 +64,8 @@ pub struct Held {
 pub enum End {
     /// It was no primary of this domain; nothing has changed.
     Refused(Error),
-    /// It is another run of the primary than the one that the image is of, and is to be served from the
-    /// start.
+    /// The image is of another run of the primary, or was begun and is not whole: it is to be served from
+    /// the start.
     Other(Box<Caller>),
     /// The primary ended protection in good order; its reason.
     Bye(String),
@@ -146,7 +145,8 @@ pub fn serve(caller: Caller, offer: &Offer, held: &mut Held, parts: &mut Parts<'
             return End::Refused(e);
         }
     };
-    if held.run != 0 && held.run != run {
+    // An image that was begun and is not whole may have pages that the primary has given back since.
+    if held.run != 0 && (held.run != run || held.epoch == 0) {
         return End::Other(Box::new(caller));
     }
     let (control, mut receiver, handle) = caller.accept(generation);

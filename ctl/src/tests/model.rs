@@ -51,6 +51,8 @@ pub struct Model {
     pub commits: Arc<AtomicU64>,
     /// Milliseconds that each commit takes.
     pub commit_takes: Arc<AtomicU64>,
+    /// The standby cannot resume what it is handed.
+    pub unable: Arc<AtomicBool>,
     /// Epochs that all of the memory was sealed in.
     pub fulls: Arc<Mutex<Vec<u64>>>,
 }
@@ -76,6 +78,7 @@ impl Model {
             reads: many(),
             commits: many(),
             commit_takes: Arc::default(),
+            unable: Arc::default(),
             fulls: Arc::default(),
         }
     }
@@ -357,6 +360,8 @@ pub enum Failure {
     Stall,
     /// A byte is changed.
     Flip,
+    /// It takes 4 kB in 20 ms.
+    Slow,
 }
 
 /// A connection to whoever listens at `to`, that fails after `budget` bytes towards it.
@@ -399,11 +404,15 @@ pub fn flaky(to: SocketAddr, budget: usize, failure: Failure) -> TcpStream {
                         thread::sleep(Duration::from_secs(3));
                         break;
                     }
+                    Failure::Slow => {}
                     Failure::Flip => {
                         bytes[0] ^= 4;
                         left = usize::MAX;
                     }
                 }
+            }
+            if matches!(failure, Failure::Slow) {
+                thread::sleep(Duration::from_millis(20));
             }
             left -= n.min(left);
             if far.write_all(&bytes[..n]).is_err() {
