@@ -163,6 +163,19 @@ pub enum Kind {
     Resumed = 13,
     /// Standby's answer to [`Kind::Hello`]: the domain runs here by now; payload what to do, UTF-8.
     TakenOver = 14,
+    /// Primary's first frame on the disk stream; payload [`crate::disk::Disks`].
+    AttachDisks = 15,
+    /// Standby's answer to it: its images are whole and of the epoch of the header, or, if that is 0,
+    /// need a first copy. No payload.
+    DiskState = 16,
+    /// Standby's, before a first copy: what its images have; payload [`crate::disk::Sums`].
+    DiskSums = 17,
+    /// Changes of the disks; payload [`crate::disk`]. Epoch 0: part of the first copy.
+    DiskChanges = 18,
+    /// All changes before this frame belong to the epoch of the header, or to one before. No payload.
+    DiskSeal = 19,
+    /// Standby's: the epoch of the header is in its images. No payload.
+    DiskApplied = 20,
 }
 
 impl Kind {
@@ -183,6 +196,12 @@ impl Kind {
             12 => Self::Handover,
             13 => Self::Resumed,
             14 => Self::TakenOver,
+            15 => Self::AttachDisks,
+            16 => Self::DiskState,
+            17 => Self::DiskSums,
+            18 => Self::DiskChanges,
+            19 => Self::DiskSeal,
+            20 => Self::DiskApplied,
             _ => return None,
         })
     }

@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 pub mod delta;
+pub mod disk;
 pub mod frame;
 pub mod pages;
 mod varint;
