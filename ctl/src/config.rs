@@ -3,6 +3,9 @@
 //! The TOML file that describes a domain, which both hosts read, and what it and the command line
 //! come to together.
 
+pub mod disk;
+
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::net::SocketAddr;
@@ -16,6 +19,7 @@ use serde::Deserialize;
 
 use crate::args::{self, CowPolicy, Limits, Loss};
 use crate::primary::pace::Pace;
+use disk::{Disk, Durability, Images};
 
 /// Time from epoch to epoch unless told otherwise.
 const INTERVAL: Duration = Duration::from_millis(100);
@@ -95,6 +99,16 @@ pub struct Config {
     pub cow_policy: Option<CowPolicy>,
     /// Where the standby listens, `ADDRESS[:PORT]`.
     pub listen: Option<String>,
+    /// Its disks; what is not listed is not replicated.
+    #[serde(default)]
+    pub disk: Vec<Disk>,
+    /// Most memory for changes of disks that the standby does not have yet.
+    pub disk_buffer: Option<Size>,
+    /// When changes of disks count as held by the standby: `"memory"` or `"disk"`.
+    #[serde(default)]
+    pub durability: Durability,
+    /// Where the standby keeps its journal of changes.
+    pub journal: Option<PathBuf>,
     /// How to start the virtual machine.
     pub vmm: Option<Vmm>,
     /// What differs on the standby.
@@ -107,7 +121,8 @@ pub struct Config {
 #[serde(deny_unknown_fields)]
 pub struct Vmm {
     /// Program and arguments. `{name}`, `{memory}` (bytes), `{ram}` (path of the memory), `{qmp}`
-    /// (path of the QMP socket) and `{port}` (first network interface) are replaced.
+    /// (path of the QMP socket), `{port}` (first network interface) and `{disk:NAME}` (path of the image)
+    /// are replaced.
     pub command: Vec<String>,
 }
 
@@ -118,6 +133,9 @@ pub struct Standby {
     /// Its network interfaces there, if they have other names.
     #[serde(default)]
     pub ports: Vec<String>,
+    /// Paths of its images there, by name of the disk, where they differ.
+    #[serde(default)]
+    pub disks: BTreeMap<String, PathBuf>,
 }
 
 /// What the placeholders of [`Vmm::command`] stand for.
@@ -132,6 +150,8 @@ pub struct Places<'a> {
     pub qmp: &'a Path,
     /// `{port}`, if there is one.
     pub port: Option<&'a str>,
+    /// `{disk:NAME}`.
+    pub disks: &'a BTreeMap<String, PathBuf>,
 }
 
 impl Config {
@@ -179,6 +199,7 @@ impl Config {
         if config.floor_ms.is_some() && !config.on_output {
             bail!("floor_ms is of use only with on_output = true: add that, or remove it");
         }
+        disk::check(&config)?;
         Ok(config)
     }
 }
@@ -248,6 +269,10 @@ pub struct ProtectSettings {
     pub raw: bool,
     /// Copy pages while the guest stands still.
     pub copy_in_pause: bool,
+    /// Its disks.
+    pub disks: Vec<Disk>,
+    /// Most bytes of their changes that are held until the standby has them.
+    pub disk_buffer: u64,
     /// What becomes of the guest when the standby is lost.
     pub on_standby_loss: Loss,
     /// Keys of this host; nothing is encrypted without.
@@ -311,6 +336,8 @@ impl ProtectSettings {
             copy_in_pause: line
                 .copy_in_pause
                 .unwrap_or(file.is_some_and(|c| c.copy_in_pause)),
+            disks: file.map(|c| c.disk.clone()).unwrap_or_default(),
+            disk_buffer: get(|c| c.disk_buffer.map(|s| s.0)).unwrap_or(disk::BUFFER),
             on_standby_loss,
             keys: common.keys,
             metrics: common.metrics,
@@ -335,6 +362,8 @@ pub struct StandbySettings {
     pub memory: u64,
     /// Its network interface here.
     pub port: Option<String>,
+    /// Its disks, if there are any.
+    pub images: Option<Images>,
     /// How to start its machine.
     pub vmm: Vmm,
     /// Where to listen.
@@ -375,6 +404,7 @@ impl StandbySettings {
             local: local.clone(),
             memory: file.memory.0,
             port: line.port.as_ref().or(ports.first()).cloned(),
+            images: disk::images(file, local),
             vmm,
             listen: listen.map_or_else(|| LISTEN.to_owned(), Clone::clone),
             timeout: common.timeout,
@@ -489,7 +519,7 @@ fn fill(word: &str, places: &Places<'_>) -> Result<String> {
     if let Some(port) = places.port {
         word = word.replace("{port}", port);
     }
-    Ok(word)
+    disk::fill(word, places.disks)
 }
 
 /// Checks that `name` may be a domain's.
@@ -644,6 +674,7 @@ mod tests {
             ram: Path::new("/dev/r"),
             qmp: Path::new("/q"),
             port: Some("tap0"),
+            disks: &BTreeMap::new(),
         };
         assert_eq!(vmm.fill(&places).unwrap(), ["q", "/dev/r,4096,tap0,/q,n"]);
         places.port = None;

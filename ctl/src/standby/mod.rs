@@ -9,6 +9,7 @@ pub mod serve;
 pub(crate) mod stage;
 pub mod takeover;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,6 +23,7 @@ use serde_json::json;
 
 use crate::args::Standby;
 use crate::commands::domain;
+use crate::config::disk::paths;
 use crate::config::{Config, Places, StandbySettings, Vmm as VmmConfig};
 use crate::host::kernel::Machine;
 use crate::host::netlink::{refusal, Remus};
@@ -47,6 +49,7 @@ struct Setup<'a> {
     memory: u64,
     port: Option<&'a str>,
     command: &'a VmmConfig,
+    disks: BTreeMap<String, PathBuf>,
     qmp: PathBuf,
     log: PathBuf,
 }
@@ -103,6 +106,7 @@ impl Host {
             ram: &path,
             qmp: &setup.qmp,
             port: setup.port,
+            disks: &setup.disks,
         };
         let command = setup.command.fill(&places)?;
         let (vmm, mut qmp) = Vmm::start(&command, &setup.qmp, &setup.log)?;
@@ -154,6 +158,11 @@ pub fn standby(args: &Standby, run_dir: &Path) -> Result<u8> {
         memory: settings.memory,
         port: settings.port.as_deref(),
         command: &settings.vmm,
+        disks: settings
+            .images
+            .as_ref()
+            .map(|i| paths(&i.disks))
+            .unwrap_or_default(),
         qmp: run_dir.join(format!("{local}.qmp")),
         log: run_dir.join(format!("{local}.vmm.log")),
     };
