@@ -141,8 +141,8 @@ fn text(all: &All, ports: &[Port], detailed: bool) -> String {
             let done = percent(copy);
             let full = done * BAR / 100;
             Some(format!(
-                "{name:12} first copy, pass {} [{}{}] {done:3}%  {}/s{}",
-                copy.pass,
+                "{name:12} first copy, {} [{}{}] {done:3}%  {}/s{}",
+                copy.what(),
                 "#".repeat(full as usize),
                 ".".repeat((BAR - full) as usize),
                 amount(copy.bytes_per_s),

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use crate::args::CowPolicy;
 use crate::host::events::Event;
+use crate::host::qmp::Qmp;
 
 /// State of a domain, as `domain-get` describes it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -179,6 +180,10 @@ pub trait Guest: Send {
     fn quit(&mut self) -> Result<()>;
     /// Why it has come to an orderly end, if it has: it must not be brought back then.
     fn ended(&mut self) -> Option<String>;
+    /// The QEMU that it is, to be asked about its disks.
+    fn qmp(&mut self) -> Option<&mut Qmp> {
+        None
+    }
 }
 
 /// The memory of the virtual machine on the standby.

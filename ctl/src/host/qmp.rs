@@ -332,6 +332,10 @@ impl Guest for Qmp {
     fn ended(&mut self) -> Option<String> {
         self.shutdown_reason()
     }
+
+    fn qmp(&mut self) -> Option<&mut Qmp> {
+        Some(self)
+    }
 }
 
 impl Successor for Qmp {

@@ -11,6 +11,7 @@ use remus_core::uapi::ram::PAGE_SIZE;
 use remus_proto::frame::Kind;
 use serde_json::json;
 
+use super::disks::work::{qemu, DiskWork, Stage};
 use super::pipeline::{Batch, Batches, Job};
 use super::protect::End;
 use super::state::{Common, Flight, Pass, State, TICK};
@@ -34,6 +35,7 @@ const WRITTEN_MAX: u64 = 32 << 20;
 pub(super) struct Epochs<'a> {
     pub(super) common: &'a Common<'a>,
     pub(super) guest: &'a mut dyn Guest,
+    pub(super) disks: Option<DiskWork<'a>>,
     pub(super) sealer: &'a mut dyn Kernel,
     pub(super) copier: Option<Batches<'a>>,
     pub(super) orders: &'a Queue<Order>,
@@ -59,6 +61,13 @@ impl Epochs<'_> {
     /// Seals epochs until the end. `base` is the newest that the standby holds.
     pub(super) fn run(&mut self, mut base: u64, jobs: SyncSender<Job>) {
         let common = self.common;
+        match self.copy_disks() {
+            Ok(whole) => lock(&common.state).safe = base > 0 && whole,
+            Err(e) => common.end(self.reason(e)),
+        }
+        if lock(&common.state).end.is_some() {
+            return;
+        }
         if base == 0 {
             if let Err(e) = self.first_copy(&jobs) {
                 common.end(self.reason(e));
@@ -120,6 +129,34 @@ impl Epochs<'_> {
     /// What fails because the guest has come to its end is no failure.
     fn reason(&mut self, e: Error) -> End {
         self.guest.ended().map_or(End::Failed(e), End::GuestEnded)
+    }
+
+    /// Copies the disks while the guest runs, unless what the standby lacks is at hand. Whether its images
+    /// are whole meanwhile.
+    fn copy_disks(&mut self) -> Result<bool> {
+        let Some(disks) = &mut self.disks else {
+            return Ok(true);
+        };
+        if disks.go_on()? {
+            return Ok(true);
+        }
+        let begin = Instant::now();
+        let mut stage = disks.begin(qemu(self.guest.qmp())?)?;
+        while stage != Stage::Synced {
+            if let Stage::Copying { done, total } = stage {
+                self.common.copied_disks(done, total, begin);
+            }
+            if self.attend().is_some() {
+                return Ok(false);
+            }
+            drop(self.common.wait(lock(&self.common.state), TICK));
+            if let Some(disks) = &mut self.disks {
+                stage = disks.advance(stage, qemu(self.guest.qmp())?)?;
+            }
+        }
+        let took = ms(begin.elapsed());
+        self.common.report.event("disks-copied", json!({"copy_ms": took}));
+        Ok(false)
     }
 
     /// Sends all of the memory while the guest runs, by passes, until little is left. What was in
@@ -228,9 +265,10 @@ impl Epochs<'_> {
             };
             let open = state.open;
             let output = (!self.knows_output || state.output >= open).then_some(state.output_at);
+            let full = state.full >= open || self.disks.as_ref().is_some_and(DiskWork::is_full);
             let due = match last {
                 None => Some(Instant::now()),
-                Some(_) if state.full >= open => Some(state.pacer.least()),
+                Some(_) if full => Some(state.pacer.least()),
                 Some(_) => state.pacer.due(output),
             };
             let left = due.map(|due| due.saturating_duration_since(Instant::now()));
@@ -266,7 +304,9 @@ impl Epochs<'_> {
     /// Pauses the guest, seals, saves, and lets it go on if `go_on`: what the guest has to wait for.
     fn checkpoint(&mut self, full: bool, go_on: bool) -> Result<Checkpoint> {
         let begin = Instant::now();
+        let through = self.disks.as_ref().map(DiskWork::let_through);
         let paused = self.guest.pause();
+        drop(through);
         let stopped = Instant::now();
         let (mut sealed, mut copied) = (stopped, stopped);
         let work = paused.and_then(|()| {
@@ -275,6 +315,9 @@ impl Epochs<'_> {
                 keep_passthrough: false,
             };
             let done = self.sealer.seal(&self.common.plan.domain, how)?;
+            if let Some(disks) = &self.disks {
+                disks.seal(done.epoch, qemu(self.guest.qmp())?)?;
+            }
             sealed = Instant::now();
             let pages = match &mut self.copier {
                 Some(copier) => Some(copier.all(done.epoch)?),

@@ -37,6 +37,9 @@ pub fn keep(
     loop {
         let end = match settle(plan, parts, link.held) {
             Ok(held) => {
+                if let (Some(disks), Some(link)) = (&parts.disks, &link.disks) {
+                    disks.queue.unseal(held.max(link.held));
+                }
                 link.held = held;
                 let mut live = lock(parts.report.live());
                 live.state = "replicating".into();
@@ -49,6 +52,9 @@ pub fn keep(
         let End::PeerLost(why) = end else {
             return end;
         };
+        if let Some(disks) = &parts.disks {
+            disks.queue.lost();
+        }
         let epoch = lock(parts.report.live()).epoch;
         parts
             .report

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 
-//! The way to a standby that has accepted: a control stream and a data stream.
+//! The way to a standby that has accepted: a control stream, a data stream, and one for disks.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -9,6 +9,7 @@ use anyhow::{bail, Context, Result};
 use remus_core::uapi::ram::PAGE_SIZE;
 use remus_proto::frame::{Hello, Kind, Welcome, HELLO_MAX};
 
+use super::disks::stream::{attach, DiskLink};
 use super::lease::Lease;
 use super::protect::Plan;
 use crate::peer::channel::Channel;
@@ -34,6 +35,8 @@ pub struct Link {
     pub lease: Lease,
     /// The newest epoch of this run that it holds whole, or 0.
     pub held: u64,
+    /// The disks, if there are any.
+    pub disks: Option<DiskLink>,
 }
 
 /// The standby has become the domain's host: it must not run here any more.
@@ -88,6 +91,10 @@ pub fn introduce(plan: &Plan, connect: &mut Connect<'_>) -> Result<Link> {
     handle.set_write_timeout(Some(STUCK))?;
     let data = Sender::new(writer, &handle, plan.generation);
     data.send(Kind::Attach, 0, &welcome.token.encode())?;
+    let disks = match plan.disks.as_slice() {
+        [] => None,
+        disks => Some(attach(connect()?, plan.generation, welcome.token.0, disks, STUCK)?),
+    };
     receiver.set_timeout(plan.timeout)?;
     let timeout = Duration::from_millis(welcome.timeout_ms.into());
     Ok(Link {
@@ -96,5 +103,6 @@ pub fn introduce(plan: &Plan, connect: &mut Connect<'_>) -> Result<Link> {
         data,
         lease: Lease::new(asked, timeout),
         held: welcome.held,
+        disks,
     })
 }

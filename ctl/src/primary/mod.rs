@@ -4,6 +4,7 @@
 //! of it is there.
 
 mod commits;
+pub mod disks;
 mod epochs;
 pub mod keep;
 pub mod lease;
@@ -34,6 +35,7 @@ use crate::host::ram::{self, Ram};
 use crate::peer::address;
 use crate::peer::channel::{Channel, Way};
 use crate::peer::stream::lock;
+use crate::primary::disks::Disks;
 use crate::primary::keep::keep;
 use crate::primary::link::introduce;
 use crate::primary::pipeline::Encoding;
@@ -95,6 +97,7 @@ pub fn protect(args: &Protect, run_dir: &Path) -> Result<u8> {
     signals::raise_priority();
     let mut random = [0; 16];
     getrandom(&mut random, GetRandomFlags::empty()).context("no random numbers")?;
+    let disks = Disks::find(&mut qmp, &settings.disks)?;
     let plan = Plan {
         domain: name.clone(),
         memory,
@@ -109,10 +112,15 @@ pub fn protect(args: &Protect, run_dir: &Path) -> Result<u8> {
             raw: settings.raw,
         },
         copy_in_pause: settings.copy_in_pause,
+        disks: disks.clone(),
     };
     let to = settings.to.clone();
     let mut connect = move || Channel::connect(address::connect(&to, REACH)?, &way, REACH);
     let link = introduce(&plan, &mut connect)?;
+    let disks = match disks.as_slice() {
+        [] => None,
+        list => Some(Disks::serve(run_dir, name, list, settings.disk_buffer)?),
+    };
     let stop = signals::stop_flag()?;
     // For as long as this process drives it.
     sealer.own(name)?;
@@ -143,6 +151,7 @@ pub fn protect(args: &Protect, run_dir: &Path) -> Result<u8> {
         sealer: Box::new(sealer),
         committer: Box::new(committer),
         pages: Box::new(pages),
+        disks,
         hearing: Some(Box::new(hearing)),
         report: report.clone(),
         orders,
@@ -159,6 +168,11 @@ pub fn protect(args: &Protect, run_dir: &Path) -> Result<u8> {
         // Nobody may let it go on here.
         if let Err(e) = parts.guest.quit() {
             say!("end the guest of {name} here: {e:#}");
+        }
+    }
+    if let Some(disks) = &parts.disks {
+        if let Err(e) = disks.end(parts.guest.qmp()) {
+            say!("cannot tidy up after the mirrors of the disks: {e:#}");
         }
     }
     Ok(tell(&plan, &end, &report))

@@ -6,6 +6,7 @@
 //!  epochs         pause → seal N → save device state → resume, at the pace asked for
 //!                        │ job, at most `depth` of them
 //!  pipeline              └─▶ read the pages of N, encode, send them, the state, the end of N
+//!  disks          what the guest's disks were changed by, up to N, on a stream of its own
 //!  commits        ack N ─▶ commit N ─▶ trace
 //!  heartbeat      a sign of life, whatever the others do
 //! ```
@@ -16,7 +17,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::Receiver as Queue;
+use std::sync::mpsc::{channel, Receiver as Queue};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
@@ -25,10 +26,12 @@ use anyhow::Error;
 use remus_proto::frame::Kind;
 
 use super::commits::{listen, receive_all};
+use super::disks::work::DiskWork;
+use super::disks::{self, Disk, Disks};
 use super::epochs::Epochs;
 use super::link::Link;
 use super::pace::{Pace, Pacer};
-use super::pipeline::{self, Batches, Encoding};
+use super::pipeline::{self, Batches, Encoding, Watcher};
 use super::state::{Common, State};
 use crate::host::kernel::{Guest, Hearing, Kernel, Pages};
 use crate::peer::stream::{lock, Heartbeat};
@@ -56,6 +59,8 @@ pub struct Plan {
     pub encoding: Encoding,
     /// Copy the pages while the guest stands still, as plain Remus does.
     pub copy_in_pause: bool,
+    /// Its disks.
+    pub disks: Vec<Disk>,
 }
 
 /// What it is done with.
@@ -68,6 +73,8 @@ pub struct Parts {
     pub committer: Box<dyn Kernel>,
     /// Reads pages, in a third one.
     pub pages: Box<dyn Pages>,
+    /// Its disks, if it has any.
+    pub disks: Option<Disks>,
     /// Tells of output; without it, it is assumed all the time.
     pub hearing: Option<Box<dyn Hearing>>,
     /// What is said of it elsewhere.
@@ -120,6 +127,7 @@ pub fn run(plan: &Plan, parts: &mut Parts, link: Link, pace: &mut Pace) -> End {
         data,
         lease,
         held,
+        disks,
     } = link;
     let common = Common {
         plan,
@@ -127,7 +135,8 @@ pub fn run(plan: &Plan, parts: &mut Parts, link: Link, pace: &mut Pace) -> End {
             pacer: Pacer::new(*pace),
             flights: VecDeque::new(),
             end: None,
-            safe: held > 0,
+            // With disks, once these are known to be whole too.
+            safe: held > 0 && disks.is_none(),
             passed: 0,
             pass: None,
             open: 0,
@@ -148,9 +157,28 @@ pub fn run(plan: &Plan, parts: &mut Parts, link: Link, pace: &mut Pace) -> End {
         Ok(heartbeat) => heartbeat,
         Err(e) => return End::Failed(e),
     };
+    let (known, learnt) = channel();
+    let (cursor, cursors) = channel();
+    let mut of_disks = None;
+    let disks = match (parts.disks.as_mut(), disks) {
+        (Some(disks), Some(link)) => {
+            let queue = Arc::clone(&disks.queue);
+            of_disks = Some((queue, link.sender.clone(), link.receiver, disks.list.clone()));
+            Some(DiskWork {
+                disks,
+                sender: link.sender,
+                held: link.held,
+                known: learnt,
+                cursors: cursor,
+            })
+        }
+        _ => None,
+    };
+    let ends_disks = of_disks.as_ref().map(|(_, sender, _, _)| sender.clone());
     let mut epochs = Epochs {
         common: &common,
         guest: parts.guest.as_mut(),
+        disks,
         sealer: parts.sealer.as_mut(),
         copier: None,
         orders: &parts.orders,
@@ -161,12 +189,15 @@ pub fn run(plan: &Plan, parts: &mut Parts, link: Link, pace: &mut Pace) -> End {
     let hearing = parts.hearing.as_deref_mut();
     let common = &common;
     thread::scope(|scope| {
-        let receiving_data = data.clone();
+        let ended = (data.clone(), ends_disks.clone());
         let receiving = move || {
             common.end(receive_all(common, receiver, committer));
             // Nothing that is sent now is of use, and whoever waits to send it must not wait on.
             common.control.shutdown();
-            receiving_data.shutdown();
+            ended.0.shutdown();
+            if let Some(disks) = ended.1 {
+                disks.shutdown();
+            }
         };
         let listening = move || {
             if let Some(hearing) = hearing {
@@ -187,6 +218,25 @@ pub fn run(plan: &Plan, parts: &mut Parts, link: Link, pace: &mut Pace) -> End {
             receiver.spawn_scoped(scope, receiving)?;
             let output = Builder::new().name("output".into());
             output.spawn_scoped(scope, listening)?;
+            if let Some((queue, sender, receiver, list)) = of_disks {
+                let sending = Arc::clone(&queue);
+                let over = || lock(&common.state).end.is_some();
+                let send = move || {
+                    if let Err(e) = disks::stream::send(&sending, &sender, &cursors, over) {
+                        common.unsent(&e);
+                    }
+                };
+                Builder::new()
+                    .name("disk sender".into())
+                    .spawn_scoped(scope, send)?;
+                let hear = move || {
+                    let why = disks::stream::receive(&queue, receiver, &list, &known);
+                    common.lost(why);
+                };
+                Builder::new()
+                    .name("disk receiver".into())
+                    .spawn_scoped(scope, hear)?;
+            }
             Ok(jobs)
         });
         match spawned {
@@ -210,6 +260,9 @@ pub fn run(plan: &Plan, parts: &mut Parts, link: Link, pace: &mut Pace) -> End {
         }
         control.shutdown();
         data.shutdown();
+        if let Some(disks) = ends_disks {
+            disks.shutdown();
+        }
     });
     drop(heartbeat);
     let mut state = lock(&common.state);

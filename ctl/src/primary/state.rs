@@ -7,6 +7,7 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use anyhow::Error;
+use remus_proto::disk::CHUNK;
 
 use super::lease::Lease;
 use super::pace::Pacer;
@@ -93,6 +94,33 @@ impl Common<'_> {
         self.changed.notify_all();
     }
 
+    /// So much of the disks is copied.
+    pub(super) fn copied_disks(&self, done: u64, total: u64, begin: Instant) {
+        let chunks = |bytes: u64| bytes / CHUNK as u64;
+        let spent = begin.elapsed().as_secs_f64().max(0.001);
+        let left = total.saturating_sub(done) as f64;
+        self.report.copied(Progress {
+            disks: true,
+            pages_done: chunks(done),
+            pages_total: chunks(total),
+            bytes_per_s: done as f64 / spent,
+            seconds_left: (done > 0).then(|| left * spent / done as f64),
+            ..Progress::default()
+        });
+    }
+
+    /// A stream to the standby is of no use any more. It may be about to tell the reason on another.
+    pub(super) fn lost(&self, why: String) {
+        let begin = Instant::now();
+        let mut state = lock(&self.state);
+        while state.end.is_none() && begin.elapsed() < Duration::from_millis(500) {
+            state = self.wait(state, TICK);
+        }
+        drop(state);
+        self.end(End::PeerLost(why));
+        self.control.shutdown();
+    }
+
     pub(super) fn wait<'a>(
         &self,
         state: MutexGuard<'a, State>,
@@ -120,6 +148,7 @@ impl Watcher for Common<'_> {
             pages_total: pass.pages,
             bytes_per_s: bytes as f64 / spent,
             seconds_left: (pages > 0).then(|| left * spent / pages as f64),
+            ..Progress::default()
         };
         self.report.copied(progress);
     }
@@ -135,15 +164,7 @@ impl Watcher for Common<'_> {
     }
 
     fn unsent(&self, error: &Error) {
-        // The standby may be about to tell the reason.
-        let begin = Instant::now();
-        let mut state = lock(&self.state);
-        while state.end.is_none() && begin.elapsed() < Duration::from_millis(500) {
-            state = self.wait(state, TICK);
-        }
-        drop(state);
-        self.end(End::PeerLost(format!("{error:#}")));
-        self.control.shutdown();
+        self.lost(format!("{error:#}"));
     }
 
     fn failed(&self, error: Error) {

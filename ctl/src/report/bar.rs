@@ -31,7 +31,7 @@ impl Bar {
         });
         bar.set_length(progress.pages_total);
         bar.set_position(progress.pages_done);
-        bar.set_prefix(format!("first copy, pass {}", progress.pass));
+        bar.set_prefix(format!("first copy, {}", progress.what()));
         bar.set_message(words(progress));
     }
 
@@ -43,7 +43,7 @@ impl Bar {
     }
 }
 
-const TEMPLATE: &str = "{prefix} {bar:30} {percent}% of {len} pages, {msg}";
+const TEMPLATE: &str = "{prefix} {bar:30} {percent}%, {msg}";
 
 fn words(progress: &Progress) -> String {
     let left = progress.seconds_left.unwrap_or(0.0).clamp(0.0, 1e9);
@@ -67,6 +67,7 @@ mod tests {
             pages_total: 100,
             bytes_per_s: 2.0 * 1024.0 * 1024.0,
             seconds_left: Some(90.0),
+            ..Progress::default()
         };
         assert_eq!(words(&progress), "2.00 MiB/s, 2 minutes left");
         Bar::default().end();

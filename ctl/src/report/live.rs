@@ -71,6 +71,8 @@ pub struct PageKinds {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct Progress {
+    /// It is the disks that are copied, in chunks of 64 KiB in the place of pages.
+    pub disks: bool,
     /// Which pass over the memory this is, from 1.
     pub pass: u64,
     /// Pages sent in this pass.
@@ -82,6 +84,16 @@ pub struct Progress {
     /// How long it will take, if nothing changes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seconds_left: Option<f64>,
+}
+
+impl Progress {
+    /// What is copied.
+    pub fn what(&self) -> String {
+        match self.disks {
+            true => "disks".to_owned(),
+            false => format!("pass {}", self.pass),
+        }
+    }
 }
 
 /// What a running controller does. Times are in milliseconds.

@@ -94,8 +94,11 @@ pub struct Applied {
     pub bytes: u64,
     /// From its first frame until it was whole.
     pub stage_ms: f64,
-    /// Applying it.
+    /// Putting its pages into the memory.
     pub apply_ms: f64,
+    /// Putting its changes into the images of disks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disks_ms: Option<f64>,
 }
 
 /// All that a controller says of itself. Clones are the same one.

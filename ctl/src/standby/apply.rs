@@ -7,11 +7,14 @@ use std::time::Instant;
 
 use anyhow::{anyhow, Error, Result};
 use remus_core::uapi::ram::PAGE_SIZE;
+use remus_proto::frame::Kind;
 use remus_proto::pages::{self, Scratch};
 
+use super::disks::Store;
 use super::serve::{Held, Offer};
 use super::stage::Work;
 use crate::host::kernel::Image;
+use crate::peer::stream::Sender;
 use crate::report::trace::ms;
 use crate::report::{Applied, Report};
 use crate::say;
@@ -37,6 +40,7 @@ pub(crate) fn apply_all(
     image: &mut dyn Image,
     offer: &Offer,
     held: &mut Held,
+    disks: Option<(&Store, &Sender)>,
     report: &Report,
 ) -> Result<()> {
     let limit = offer.memory / PAGE_SIZE as u64;
@@ -59,6 +63,12 @@ pub(crate) fn apply_all(
             apply(frame)?;
         }
         let took = begin.elapsed();
+        if let Some((store, sender)) = disks {
+            store.apply(stage.epoch)?;
+            // A primary that does not hear this keeps the changes, and no harm is done.
+            let _ = sender.send(Kind::DiskApplied, stage.epoch, &[]);
+        }
+        let disks_took = begin.elapsed() - took;
         if held.epoch == 0 {
             say!(
                 "epoch {} is here: {} is protected",
@@ -73,6 +83,7 @@ pub(crate) fn apply_all(
             bytes: stage.bytes,
             stage_ms: ms(stage.staged - stage.begin),
             apply_ms: ms(took),
+            disks_ms: disks.map(|_| ms(disks_took)),
         });
     }
     Ok(())

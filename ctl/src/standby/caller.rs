@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Result};
 use remus_core::uapi::ram::PAGE_SIZE;
+use remus_proto::disk::Disks;
 use remus_proto::frame::{Header, Hello, Kind, Token};
 
 use super::serve::Offer;
@@ -102,6 +103,12 @@ impl Caller {
     /// Whether it brings the data stream that belongs to `token`.
     pub fn attaches(&self, token: Token) -> bool {
         self.header.kind == Kind::Attach && Token::decode(&self.payload) == Ok(token)
+    }
+
+    /// The disks that it brings, if it brings a disk stream.
+    pub fn disks(&self) -> Option<Disks> {
+        let brings = self.header.kind == Kind::AttachDisks;
+        Disks::decode(&self.payload).ok().filter(|_| brings)
     }
 
     /// Goes on with it, as of `generation`.

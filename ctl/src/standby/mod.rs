@@ -5,6 +5,8 @@
 
 pub(crate) mod apply;
 pub mod caller;
+mod disk_stream;
+pub mod disks;
 pub mod serve;
 pub(crate) mod stage;
 pub mod takeover;
@@ -23,7 +25,7 @@ use serde_json::json;
 
 use crate::args::Standby;
 use crate::commands::domain;
-use crate::config::disk::paths;
+use crate::config::disk::{paths, Images};
 use crate::config::{Config, Places, StandbySettings, Vmm as VmmConfig};
 use crate::host::kernel::Machine;
 use crate::host::netlink::{refusal, Remus};
@@ -39,6 +41,7 @@ use crate::report::live::{Ask, Live, Order, Station};
 use crate::report::trace::ms;
 use crate::report::{metrics, say, service, Report};
 use crate::standby::caller::{Caller, Callers};
+use crate::standby::disks::Store;
 use crate::standby::serve::{serve, End, Handover, Held, Lost, Offer, Parts};
 use crate::standby::takeover::take_over;
 use crate::{say, signals};
@@ -49,6 +52,7 @@ struct Setup<'a> {
     memory: u64,
     port: Option<&'a str>,
     command: &'a VmmConfig,
+    images: Option<&'a Images>,
     disks: BTreeMap<String, PathBuf>,
     qmp: PathBuf,
     log: PathBuf,
@@ -59,6 +63,7 @@ struct Host {
     qmp: Qmp,
     vmm: Vmm,
     ram: Ram,
+    disks: Option<Store>,
     _domain: OwnDomain,
 }
 
@@ -81,6 +86,7 @@ impl Drop for OwnDomain {
 
 impl Host {
     fn start(setup: &Setup<'_>) -> Result<Self> {
+        let disks = setup.images.map(Store::open).transpose()?;
         let mut kernel = Remus::connect()?;
         let name = setup.local;
         let made = kernel.domain_new(name, Some(setup.memory)).map_err(|e| {
@@ -115,6 +121,7 @@ impl Host {
             qmp,
             vmm,
             ram,
+            disks,
             _domain: domain,
         })
     }
@@ -268,6 +275,7 @@ impl Around<'_> {
             let mut parts = Parts {
                 callers: self.callers,
                 image: &mut host.ram,
+                disks: host.disks.as_ref(),
                 machine: &mut host.vmm,
                 report: self.report,
                 stop: self.stop,
@@ -399,7 +407,8 @@ impl Around<'_> {
     ) -> Result<u8> {
         let name = &self.offer.domain;
         lock(self.report.live()).state = "taking-over".into();
-        let phases = match take_over(&mut host.qmp, held, heard, self.report) {
+        let disks = host.disks.take();
+        let phases = match take_over(&mut host.qmp, held, disks, heard, self.report) {
             Ok(phases) => phases,
             Err(e) => {
                 let words = host.vmm.last_words();

@@ -5,7 +5,8 @@
 //! ```text
 //!  control stream ─▶ control    heartbeats, silence, the end
 //!  data stream    ─▶ stage ──Ack N──▶ (control stream)
-//!                      └──whole epochs──▶ apply ─▶ image
+//!                      │ └──whole epochs──▶ apply ─▶ image, images of disks
+//!  disk stream    ─▶ changes held, up to the seal of N
 //! ```
 //!
 //! One epoch is applied while the next one is staged; then the socket fills and the primary waits. An epoch is staged as it came, so what is staged is bounded by twice the memory's size. Every
@@ -24,6 +25,8 @@ use rustix::rand::{getrandom, GetRandomFlags};
 
 use super::apply::apply_all;
 use super::caller::{refuse, Caller, Callers, INTRODUCTION};
+use super::disk_stream::{described, DiskStream};
+use super::disks::Store;
 use super::stage::Staging;
 use crate::host::kernel::{Image, Machine};
 use crate::peer::channel::Handle;
@@ -123,6 +126,8 @@ pub struct Parts<'a> {
     pub callers: &'a Callers,
     /// The memory.
     pub image: &'a mut dyn Image,
+    /// The images of its disks, if it has any.
+    pub disks: Option<&'a Store>,
     /// The virtual machine that waits.
     pub machine: &'a mut dyn Machine,
     /// What is said of it elsewhere.
@@ -150,8 +155,16 @@ pub fn serve(caller: Caller, offer: &Offer, held: &mut Held, parts: &mut Parts<'
         return End::Other(Box::new(caller));
     }
     let (control, mut receiver, handle) = caller.accept(generation);
-    let data = match welcome(&control, offer, held.epoch, parts.callers) {
-        Ok(data) => data,
+    let welcomed = welcome(&control, offer, held.epoch, parts.callers).and_then(|(token, data)| {
+        let disks = parts.disks.map(|store| {
+            let caller = disk_caller(parts.callers, token)?;
+            let disks = described(&caller, token.0)?;
+            DiskStream::attach(caller, &disks, store, generation, run, FOR_EVER)
+        });
+        Ok((data, disks.transpose()?))
+    });
+    let (data, disks) = match welcomed {
+        Ok(streams) => streams,
         Err(e) => {
             let why = format!("{e:#}");
             refuse(&control, &handle, Kind::Error, &why);
@@ -184,8 +197,12 @@ pub fn serve(caller: Caller, offer: &Offer, held: &mut Held, parts: &mut Parts<'
     };
     let stage = Staging::new(offer, generation, held.epoch, &seen, &control);
     let outcome = work(
-        parts, held, run, offer, receiver, incoming, stage, &handle, &data,
+        parts, held, run, offer, receiver, incoming, disks, stage, &handle, &data,
     );
+    if let Some(store) = parts.disks {
+        // What was not acknowledged: the primary has it, and sends it again.
+        store.discard();
+    }
     match outcome {
         Outcome::Lost(lost) => End::Lost(lost),
         // It may be a damaged stream: what was sent and not acknowledged stays held there, and the
@@ -217,7 +234,12 @@ pub fn serve(caller: Caller, offer: &Offer, held: &mut Held, parts: &mut Parts<'
 }
 
 /// Welcomes the primary, and waits for its data stream.
-fn welcome(control: &Sender, offer: &Offer, held: u64, callers: &Callers) -> Result<Caller> {
+fn welcome(
+    control: &Sender,
+    offer: &Offer,
+    held: u64,
+    callers: &Callers,
+) -> Result<(Token, Caller)> {
     let mut random = [0; 16];
     getrandom(&mut random, GetRandomFlags::empty()).context("no random numbers")?;
     let token = Token(u128::from_le_bytes(random));
@@ -227,19 +249,36 @@ fn welcome(control: &Sender, offer: &Offer, held: u64, callers: &Callers) -> Res
         token,
     };
     control.send(Kind::Welcome, 0, &welcome.encode())?;
+    match next_caller(callers, |caller| caller.attaches(token)) {
+        Some(caller) => Ok((token, caller)),
+        None => Err(anyhow!("no data stream came")),
+    }
+}
+
+/// Waits for the disk stream that belongs to `token`.
+fn disk_caller(callers: &Callers, token: Token) -> Result<Caller> {
+    let brings = |caller: &Caller| caller.disks().is_some_and(|disks| disks.token == token.0);
+    next_caller(callers, brings).context(
+        "the primary brings no disks, but there are some here: use the same configuration on both hosts",
+    )
+}
+
+fn next_caller(callers: &Callers, wanted: impl Fn(&Caller) -> bool) -> Option<Caller> {
     let begin = Instant::now();
     while begin.elapsed() < INTRODUCTION {
         match callers.next(TICK) {
-            Some((caller, _)) if caller.attaches(token) => return Ok(caller),
+            Some((caller, _)) if wanted(&caller) => return Some(caller),
             Some((caller, _)) => caller.refuse(Kind::Error, BUSY),
             None => {}
         }
     }
-    Err(anyhow!("no data stream came"))
+    None
 }
 
 /// What another caller is told meanwhile.
 const BUSY: &str = "this standby serves a primary already";
+/// What a disk stream is told that nothing is there for.
+const NO_DISKS: &str = "the standby's configuration has no disks: use the same on both hosts";
 
 /// What ends a connection.
 pub(crate) enum Outcome {
@@ -261,6 +300,7 @@ fn work(
     offer: &Offer,
     receiver: Receiver,
     incoming: Receiver,
+    disks: Option<DiskStream<'_>>,
     mut stage: Staging<'_>,
     handle: &Handle,
     data: &Handle,
@@ -272,14 +312,19 @@ fn work(
     let Parts {
         callers,
         image,
+        disks: _,
         machine,
         report,
         stop,
         tick,
     } = parts;
     let report: &Report = report;
+    let over = AtomicBool::new(false);
+    stage.disks = disks.as_ref().map(|disks| (disks.store, &over));
+    let to_tell = disks.as_ref().map(|d| (d.store, d.sender.clone()));
+    let of_disks = disks.as_ref().map(DiskStream::handle);
     thread::scope(|scope| {
-        let (of_control, of_data, of_apply) = (outcomes.clone(), outcomes.clone(), outcomes);
+        let (of_control, of_data, of_apply) = (outcomes.clone(), outcomes.clone(), outcomes.clone());
         let listening = move || {
             let _ = of_control.send(listen(receiver, seen, report));
         };
@@ -287,7 +332,8 @@ fn work(
             let _ = of_data.send(stage.run(incoming, queue));
         };
         let applying = move || {
-            if let Err(e) = apply_all(&todo, *image, offer, held, report) {
+            let disks = to_tell.as_ref().map(|(store, sender)| (*store, sender));
+            if let Err(e) = apply_all(&todo, *image, offer, held, disks, report) {
                 let _ = of_apply.send(Outcome::Failed(e));
             }
         };
@@ -301,6 +347,17 @@ fn work(
             Builder::new()
                 .name("control".into())
                 .spawn_scoped(scope, listening)?;
+            if let Some(disks) = disks {
+                let over = &over;
+                let changing = move || {
+                    let outcome = disks.run();
+                    over.store(true, Ordering::Relaxed);
+                    let _ = outcomes.send(outcome);
+                };
+                Builder::new()
+                    .name("disks".into())
+                    .spawn_scoped(scope, changing)?;
+            }
             Ok(())
         };
         let ended = match spawn() {
@@ -330,6 +387,10 @@ fn work(
             control.cut();
         }
         data.cut();
+        over.store(true, Ordering::Relaxed);
+        if let Some(disks) = of_disks {
+            disks.cut();
+        }
         ended
     })
 }
@@ -385,7 +446,7 @@ fn watch(
                     again: Some(Box::new(caller)),
                 });
             }
-            caller.refuse(Kind::Error, BUSY);
+            caller.refuse(Kind::Error, if caller.disks().is_some() { NO_DISKS } else { BUSY });
         }
     }
 }

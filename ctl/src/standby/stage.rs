@@ -2,18 +2,22 @@
 
 //! The data stream's side: collecting an epoch, and acknowledging it when it is whole.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::SyncSender;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, Result};
 use remus_core::uapi::ram::PAGE_SIZE;
 use remus_proto::frame::{EpochBegin, EpochEnd, Header, Kind, Stamp};
 use remus_proto::pages::{self, Scratch};
 
+use super::disks::Store;
 use super::serve::{Offer, Outcome};
 use crate::host::qmp::STATE_MAX;
 use crate::peer::stream::{Broken, Receiver, Sender};
+
+/// How often to look whether there is use in waiting for the disks.
+const TICK: Duration = Duration::from_millis(20);
 
 /// What is to be done to the image.
 pub(crate) enum Work {
@@ -48,6 +52,8 @@ pub(crate) struct Staging<'a> {
     /// The newest of the primary's stamps, which come on the control stream.
     pub(super) seen: &'a AtomicU64,
     pub(super) control: &'a Sender,
+    /// The guest's disks, whose changes come by another stream, and whether that has ended.
+    pub(super) disks: Option<(&'a Store, &'a AtomicBool)>,
 }
 
 /// Shorthand for what makes no sense.
@@ -73,6 +79,7 @@ impl<'a> Staging<'a> {
             scratch: Scratch::new(),
             seen,
             control,
+            disks: None,
         }
     }
 
@@ -189,7 +196,7 @@ impl<'a> Staging<'a> {
         let Some(mut stage) = self.stage.take() else {
             return Ok(None);
         };
-        if end.state == 0 {
+        if end.state == 0 || !self.has_disks(stage.epoch) {
             return Ok(None);
         }
         stage.staged = Instant::now();
@@ -199,5 +206,19 @@ impl<'a> Staging<'a> {
         let _ = self.control.send(Kind::Ack, stage.epoch, &seen);
         (self.newest, self.direct) = (stage.epoch, false);
         Ok(Some(Work::Whole(stage)))
+    }
+
+    /// Waits until the changes of the disks up to the end of `epoch` are held. They never will be if the
+    /// disk stream has ended.
+    fn has_disks(&self, epoch: u64) -> bool {
+        let Some((store, over)) = self.disks else {
+            return true;
+        };
+        while !store.wait_sealed(epoch, TICK) {
+            if over.load(Ordering::Relaxed) {
+                return false;
+            }
+        }
+        true
     }
 }

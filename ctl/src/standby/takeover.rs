@@ -12,6 +12,7 @@ use crate::host::kernel::Successor;
 use crate::report::trace::ms;
 use crate::report::Report;
 use crate::say;
+use crate::standby::disks::Store;
 use crate::standby::serve::Held;
 
 /// How long the phases of a take-over took, in milliseconds.
@@ -21,6 +22,9 @@ pub struct Phases {
     pub detect_ms: f64,
     /// Loading the device state.
     pub load_ms: f64,
+    /// Closing the images of its disks, for the machine to open them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disks_ms: Option<f64>,
     /// Letting the machine run.
     pub resume_ms: f64,
     /// Having it announce itself.
@@ -39,14 +43,22 @@ pub struct Phases {
 pub fn take_over(
     successor: &mut dyn Successor,
     held: &Held,
+    disks: Option<Store>,
     heard: Instant,
     report: &Report,
 ) -> Result<Phases> {
+    let has_disks = disks.is_some();
     let begin = Instant::now();
     successor
         .load(&held.state)
         .context("cannot load the device state")?;
     let loaded = Instant::now();
+    if let Some(disks) = disks {
+        disks
+            .close()
+            .context("cannot close the images of its disks")?;
+    }
+    let closed = Instant::now();
     successor.resume().context("cannot resume the machine")?;
     let resumed = Instant::now();
     if let Err(e) = successor.announce() {
@@ -56,7 +68,8 @@ pub fn take_over(
     let phases = Phases {
         detect_ms: ms(begin.saturating_duration_since(heard)),
         load_ms: ms(loaded - begin),
-        resume_ms: ms(resumed - loaded),
+        disks_ms: has_disks.then(|| ms(closed - loaded)),
+        resume_ms: ms(resumed - closed),
         announce_ms: ms(announced - resumed),
         epoch: held.epoch,
         generation: held.generation + 1,

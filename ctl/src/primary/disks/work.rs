@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! What the thread that stops the guest does with its disks.
+
+use std::sync::mpsc::{Receiver as Queued, Sender as Sink, TryRecvError};
+
+use anyhow::{bail, Context, Result};
+use remus_proto::frame::Kind;
+
+use super::copy::Known;
+use super::mirror;
+use super::queue::{Cursor, Through};
+use super::Disks;
+use crate::host::qmp::Qmp;
+use crate::peer::stream::Sender;
+
+/// The disks of a guest, for as long as one connection lasts.
+pub(in crate::primary) struct DiskWork<'a> {
+    /// They.
+    pub(in crate::primary) disks: &'a mut Disks,
+    /// The disk stream.
+    pub(in crate::primary) sender: Sender,
+    /// The epoch of this run that the standby's images are whole at, or 0.
+    pub(in crate::primary) held: u64,
+    /// What the standby's images have, once it has told.
+    pub(in crate::primary) known: Queued<Vec<Known>>,
+    /// Where who sends gets its cursors.
+    pub(in crate::primary) cursors: Sink<Cursor>,
+}
+
+/// How far a first copy is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(in crate::primary) enum Stage {
+    /// The standby reads what it has.
+    Comparing,
+    /// So many bytes are done, of so many.
+    Copying { done: u64, total: u64 },
+    /// Whatever the guest writes is on its way.
+    Synced,
+}
+
+impl DiskWork<'_> {
+    /// Goes on where the standby is, if what it lacks is all here. Whether that is so.
+    pub(in crate::primary) fn go_on(&self) -> Result<bool> {
+        let cursor = match self.held {
+            0 => None,
+            held => self.disks.queue.resume(held),
+        };
+        let Some(cursor) = cursor else {
+            return Ok(false);
+        };
+        self.sender.send(Kind::DiskState, self.held, &[])?;
+        let _ = self.cursors.send(cursor);
+        Ok(true)
+    }
+
+    /// Begins a copy: of what was missed while there was no standby if that is known, else of all, which
+    /// goes on when the standby has told what it has.
+    pub(in crate::primary) fn begin(&mut self, qmp: &mut Qmp) -> Result<Stage> {
+        let queue = &self.disks.queue;
+        let missed = match self.held {
+            0 => None,
+            held => queue.copy_on(held),
+        };
+        if let Some(cursor) = missed {
+            self.sender.send(Kind::DiskState, 0, &[])?;
+            let _ = self.cursors.send(cursor);
+            let states = mirror::states(qmp, &self.disks.list)?;
+            for (disk, _) in self.disks.list.iter().zip(states).filter(|(_, s)| s.stopped) {
+                mirror::resume(qmp, disk)?;
+            }
+            return self.copied(qmp);
+        }
+        queue.track();
+        mirror::cancel(qmp)?;
+        self.sender.send(Kind::DiskState, 0, &[1])?;
+        Ok(Stage::Comparing)
+    }
+
+    /// How far it is; goes on with what comes next.
+    pub(in crate::primary) fn advance(&mut self, stage: Stage, qmp: &mut Qmp) -> Result<Stage> {
+        if stage != Stage::Comparing {
+            return self.copied(qmp);
+        }
+        match self.known.try_recv() {
+            Ok(known) => {
+                let _ = self.cursors.send(self.disks.queue.copy(known));
+                for disk in &self.disks.list {
+                    mirror::start(qmp, disk, self.disks.server.socket())?;
+                }
+                self.copied(qmp)
+            }
+            Err(TryRecvError::Empty | TryRecvError::Disconnected) => Ok(stage),
+        }
+    }
+
+    fn copied(&self, qmp: &mut Qmp) -> Result<Stage> {
+        let states = mirror::states(qmp, &self.disks.list)?;
+        if states.iter().all(|state| state.synced) {
+            return Ok(Stage::Synced);
+        }
+        Ok(Stage::Copying {
+            done: states.iter().map(|s| s.done).sum(),
+            total: states.iter().map(|s| s.total).sum(),
+        })
+    }
+
+    /// So much is held that an epoch should end.
+    pub(in crate::primary) fn is_full(&self) -> bool {
+        self.disks.queue.is_half_full()
+    }
+
+    /// While this is held, the guest can be paused.
+    pub(in crate::primary) fn let_through(&self) -> Through<'_> {
+        self.disks.queue.let_through()
+    }
+
+    /// Ends `epoch` of the disks. The guest stands still.
+    pub(in crate::primary) fn seal(&self, epoch: u64, qmp: &mut Qmp) -> Result<()> {
+        let states = mirror::states(qmp, &self.disks.list)?;
+        let lost = self.disks.list.iter().zip(&states).find(|(_, s)| !s.synced);
+        if let Some((disk, _)) = lost {
+            bail!(
+                "disk {} is not mirrored any more (was nbdkit ended?): protect the guest again",
+                disk.name
+            );
+        }
+        self.disks.queue.seal(epoch);
+        Ok(())
+    }
+}
+
+/// QEMU of a guest that has disks.
+pub(in crate::primary) fn qemu(qmp: Option<&mut Qmp>) -> Result<&mut Qmp> {
+    qmp.context("only QEMU's disks can be replicated")
+}
