@@ -5,6 +5,7 @@
 
 pub(crate) mod apply;
 pub mod caller;
+pub mod disks;
 pub mod serve;
 pub(crate) mod stage;
 pub mod takeover;
