@@ -186,6 +186,10 @@ impl Store {
                 });
             }
         }
+        // Of a first copy that was cut off, the primary knows what it sent, but not what is here.
+        if let Content::Copying(_) = content {
+            content = Content::Unknown;
+        }
         for image in &images {
             image.sync()?;
         }
@@ -427,12 +431,15 @@ impl Store {
         Ok(())
     }
 
-    /// Throws away all that is not applied.
+    /// Throws away all that is not applied; a first copy that is under way has to begin again.
     pub fn discard(&self) -> Result<()> {
         let _writing = lock(&self.writing);
         let _sealing = lock(&self.sealing);
         let mut journal = lock(&self.journal);
         let mut state = self.state()?;
+        if let Content::Copying(_) = state.content {
+            state.content = Content::Unknown;
+        }
         state.clear();
         let (content, applied) = (state.content, state.newest);
         drop(state);

@@ -125,6 +125,10 @@ impl Truth {
 
     /// Goes on from what the images are of.
     fn restart(&mut self, whole: Option<u64>) {
+        if whole.is_none() {
+            self.copying = false;
+            self.epochs.clear();
+        }
         let epoch = whole.unwrap_or(0);
         (self.sealed, self.applied) = (epoch, epoch);
         self.epochs.retain(|number, _| *number <= epoch);
