@@ -4,6 +4,7 @@
 //! of it is there.
 
 mod commits;
+pub mod disks;
 mod epochs;
 pub mod keep;
 pub mod lease;
