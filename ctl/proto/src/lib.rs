@@ -10,6 +10,7 @@
 
 pub mod delta;
 pub mod disk;
+pub mod export;
 pub mod frame;
 pub mod pages;
 mod varint;

@@ -38,7 +38,7 @@ const MEMORY: u64 = 8 << 20;
 const COUNTER: u64 = 0x7000;
 
 /// A process that is killed when the test ends, however that is.
-struct Killed(Child);
+pub struct Killed(pub Child);
 
 impl Drop for Killed {
     fn drop(&mut self) {
@@ -97,7 +97,7 @@ fn counter(path: &Path) -> u32 {
 }
 
 /// Connects to a QEMU that is starting: its socket is there a moment before it listens.
-fn connect(path: &Path) -> Qmp {
+pub fn connect(path: &Path) -> Qmp {
     let mut connected = None;
     until("the QMP socket", Duration::from_secs(20), || {
         connected = Qmp::connect(path).ok();
@@ -107,7 +107,7 @@ fn connect(path: &Path) -> Qmp {
 }
 
 /// Directory in memory, gone at the end.
-fn directory() -> tempfile::TempDir {
+pub fn directory() -> tempfile::TempDir {
     tempfile::Builder::new()
         .prefix("remus-test")
         .tempdir_in("/dev/shm")

@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod disks;
 mod faults;
 mod machine;
 mod model;

@@ -1,0 +1,455 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! The changes of the disks, in the order in which QEMU made them, until the standby has them.
+//!
+//! A stretch of records with marks in it, one where each epoch ends:
+//!
+//! ```text
+//!  forgotten │ records of 7  ▼7  of 8  ▼8   of the epoch that is open │
+//!          start              ▲cursor of the sender                  end
+//! ```
+//!
+//! ```text
+//!           copy()                seal()             track()
+//!  Tracking ──────▶ Copying ──────────────▶ Keeping ─────────▶ Tracking
+//!           copy_on()    │                                        ▲
+//!                        └───────────── track() ──────────────────┘
+//! ```
+//!
+//! - *Tracking*: no change is taken; QEMU notes what it could not mirror. What was kept stays.
+//! - *Copying*: changes go out as epoch 0, and are forgotten when they are sent. If the connection is
+//!   lost the copy has to begin anew.
+//! - *Keeping*: all that the standby may not have is kept, up to a bound; beyond it whoever brings a
+//!   change waits.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use remus_proto::disk::{Change, Record};
+use remus_proto::frame::{HEADER_SIZE, PAYLOAD_MAX};
+
+use super::copy::{self, Known};
+use crate::peer::stream::lock;
+
+/// The changes of a guest's disks.
+pub struct Queue {
+    inner: Mutex<Inner>,
+    /// There is something to send.
+    news: Condvar,
+    /// There may be room again.
+    room: Condvar,
+    bound: u64,
+    half: Box<dyn Fn() + Send + Sync>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Tracking,
+    Copying,
+    Keeping,
+}
+
+/// The end of an epoch.
+#[derive(Clone, Copy)]
+struct Mark {
+    epoch: u64,
+    /// Bytes of records before it, since the beginning of time.
+    at: u64,
+}
+
+/// Whole records, at most as many as fit into a frame.
+struct Block {
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl Block {
+    fn end(&self) -> u64 {
+        self.start + self.bytes.len() as u64
+    }
+}
+
+struct Inner {
+    state: State,
+    blocks: VecDeque<Block>,
+    /// All before is forgotten.
+    start: u64,
+    end: u64,
+    marks: VecDeque<Mark>,
+    /// Where the last copy ended: what is before goes out as epoch 0.
+    whole: Option<Mark>,
+    /// The newest epoch that was sealed.
+    sealed: u64,
+    /// Which cursor may go on.
+    round: u64,
+    known: Vec<Known>,
+    /// How many of [`Through`] there are.
+    through: usize,
+    /// An early seal was asked for.
+    asked: bool,
+    waiting: usize,
+}
+
+/// How far the sender is. Of no use any more after a later one was made.
+#[derive(Debug)]
+pub struct Cursor {
+    round: u64,
+    at: u64,
+    /// The newest epoch whose mark was sent, or need not be.
+    sealed: u64,
+}
+
+/// What is to be sent next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Changes of this epoch; 0 in a copy.
+    Changes(u64),
+    /// The mark of this epoch.
+    Seal(u64),
+    /// Nothing yet.
+    Nothing,
+    /// Nothing ever, with this cursor.
+    Over,
+}
+
+/// How full it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Level {
+    /// Bytes held.
+    pub held: u64,
+    /// Most bytes that are held before changes have to wait.
+    pub bound: u64,
+    /// Changes that wait.
+    pub waiting: usize,
+}
+
+/// A change is not taken: QEMU is to note what it was about.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Refused;
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("there is no standby that takes changes of disks")
+    }
+}
+
+impl std::error::Error for Refused {}
+
+impl Queue {
+    /// An empty one, tracking, that holds `bound` bytes. Calls `half`, from a thread that brings a
+    /// change, when it is half full: once in each epoch, which should end then.
+    pub fn new(bound: u64, half: impl Fn() + Send + Sync + 'static) -> Self {
+        Self {
+            inner: Mutex::new(Inner {
+                state: State::Tracking,
+                blocks: VecDeque::new(),
+                start: 0,
+                end: 0,
+                marks: VecDeque::new(),
+                whole: None,
+                sealed: 0,
+                round: 0,
+                known: Vec::new(),
+                through: 0,
+                asked: false,
+                waiting: 0,
+            }),
+            news: Condvar::new(),
+            room: Condvar::new(),
+            bound,
+            half: Box::new(half),
+        }
+    }
+
+    /// Begins a copy of whole disks, forgetting all else. `known`: what the standby's images have, in
+    /// the order of the disks, or nothing.
+    pub fn copy(&self, known: Vec<Known>) -> Cursor {
+        let mut inner = lock(&self.inner);
+        inner.clear();
+        inner.state = State::Copying;
+        inner.known = known;
+        let at = inner.start;
+        self.cursor(&mut inner, at)
+    }
+
+    /// Begins a copy of what was missed while tracking, after what is still held, for a standby whose
+    /// images are whole and of epoch `after`. Nothing if that does not suffice: [`Self::copy`] does.
+    pub fn copy_on(&self, after: u64) -> Option<Cursor> {
+        let mut inner = lock(&self.inner);
+        let at = inner.position(after)?;
+        inner.marks.clear();
+        inner.whole = None;
+        inner.state = State::Copying;
+        inner.forget(at);
+        Some(self.cursor(&mut inner, at))
+    }
+
+    /// Goes on over a new connection, to a standby whose images are whole and of epoch `after`. Nothing if
+    /// what it lacks is not here.
+    pub fn resume(&self, after: u64) -> Option<Cursor> {
+        let mut inner = lock(&self.inner);
+        if inner.state != State::Keeping {
+            return None;
+        }
+        let at = inner.position(after)?;
+        let mut cursor = self.cursor(&mut inner, at);
+        cursor.sealed = after;
+        Some(cursor)
+    }
+
+    /// Takes no more changes, until a copy begins. Those that wait are refused.
+    pub fn track(&self) {
+        let mut inner = lock(&self.inner);
+        if inner.whole.is_none() {
+            inner.clear();
+        }
+        inner.state = State::Tracking;
+        inner.known = Vec::new();
+        // Whoever sends is to end.
+        inner.round += 1;
+        self.room.notify_all();
+        self.news.notify_all();
+    }
+
+    /// Appends a change. Waits while it is full. A write may be longer than a record on the wire can be.
+    pub fn push(&self, record: Record<'_>) -> Result<(), Refused> {
+        let Record { disk, offset, .. } = record;
+        let at = usize::from(disk);
+        let Change::Write(data) = record.change else {
+            let mut inner = lock(&self.inner);
+            if let Some(known) = inner.known.get_mut(at) {
+                known.forget(offset, record.change.length());
+            }
+            return self.append(inner, &record);
+        };
+        let size = lock(&self.inner).known.get(at).map(Known::size);
+        let pieces = copy::pieces(offset, data, size);
+        let records = copy::records(disk, data, &pieces, lock(&self.inner).known.get_mut(at));
+        for record in records {
+            self.append(lock(&self.inner), &record)?;
+        }
+        Ok(())
+    }
+
+    fn append(&self, mut inner: MutexGuard<'_, Inner>, record: &Record<'_>) -> Result<(), Refused> {
+        let length = record.encoded_len() as u64;
+        inner.waiting += 1;
+        while inner.state != State::Tracking
+            && inner.through == 0
+            && inner.held() > 0
+            && inner.held() + length > self.bound
+        {
+            inner = self
+                .room
+                .wait(inner)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        inner.waiting -= 1;
+        if inner.state == State::Tracking {
+            return Err(Refused);
+        }
+        inner.append(record);
+        self.news.notify_one();
+        let ask = inner.state == State::Keeping && !inner.asked && inner.held() > self.bound / 2;
+        inner.asked |= ask;
+        drop(inner);
+        if ask {
+            (self.half)();
+        }
+        Ok(())
+    }
+
+    /// While this is held no change waits. The guest has to be paused within: its pause ends only
+    /// when all that is under way was taken, full or not.
+    pub fn let_through(&self) -> Through<'_> {
+        lock(&self.inner).through += 1;
+        self.room.notify_all();
+        Through(self)
+    }
+
+    /// Marks the end of `epoch`. To be called while the guest stands still. Ends a copy, which must be
+    /// complete. Nothing happens while tracking.
+    pub fn seal(&self, epoch: u64) {
+        let mut inner = lock(&self.inner);
+        let mark = Mark {
+            epoch,
+            at: inner.end,
+        };
+        match inner.state {
+            State::Tracking => return,
+            State::Copying => {
+                inner.whole = Some(mark);
+                inner.known = Vec::new();
+                inner.state = State::Keeping;
+            }
+            State::Keeping => {}
+        }
+        inner.marks.push_back(mark);
+        inner.sealed = epoch;
+        inner.asked = false;
+        self.news.notify_one();
+    }
+
+    /// The epochs after `after` were taken back: what they had belongs to the one that is open.
+    pub fn unseal(&self, after: u64) {
+        let mut inner = lock(&self.inner);
+        while inner.marks.back().is_some_and(|mark| mark.epoch > after) {
+            inner.marks.pop_back();
+        }
+    }
+
+    /// The standby has all up to `epoch` in its images: forgets it.
+    pub fn applied(&self, epoch: u64) {
+        let mut inner = lock(&self.inner);
+        while let Some(mark) = inner.marks.front().copied() {
+            if mark.epoch > epoch {
+                break;
+            }
+            inner.marks.pop_front();
+            inner.forget(mark.at);
+        }
+        self.room.notify_all();
+    }
+
+    /// What is to be sent next; waits for `patience` if there is nothing. Of changes, `frame` gets
+    /// [`HEADER_SIZE`] bytes for the header, and the payload; of a seal, only those.
+    pub fn next(&self, cursor: &mut Cursor, frame: &mut Vec<u8>, patience: Duration) -> Next {
+        let deadline = Instant::now() + patience;
+        frame.clear();
+        frame.resize(HEADER_SIZE, 0);
+        let mut inner = lock(&self.inner);
+        loop {
+            let next = inner.next(cursor, frame);
+            if next != Next::Nothing {
+                if next == Next::Changes(0) {
+                    inner.forget(cursor.at);
+                    self.room.notify_all();
+                }
+                return next;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Next::Nothing;
+            }
+            inner = self
+                .news
+                .wait_timeout(inner, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// How full it is.
+    pub fn level(&self) -> Level {
+        let inner = lock(&self.inner);
+        Level {
+            held: inner.held(),
+            bound: self.bound,
+            waiting: inner.waiting,
+        }
+    }
+
+    fn cursor(&self, inner: &mut Inner, at: u64) -> Cursor {
+        inner.round += 1;
+        // Whoever sends with an older one is to end.
+        self.news.notify_all();
+        self.room.notify_all();
+        Cursor {
+            round: inner.round,
+            at,
+            sealed: inner.sealed,
+        }
+    }
+}
+
+/// See [`Queue::let_through`].
+pub struct Through<'a>(&'a Queue);
+
+impl Drop for Through<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.inner).through -= 1;
+    }
+}
+
+impl Inner {
+    fn held(&self) -> u64 {
+        self.end - self.start
+    }
+
+    fn clear(&mut self) {
+        self.marks.clear();
+        self.whole = None;
+        self.forget(self.end);
+    }
+
+    fn forget(&mut self, to: u64) {
+        self.start = self.start.max(to);
+        while self
+            .blocks
+            .front()
+            .is_some_and(|block| block.end() <= self.start)
+        {
+            self.blocks.pop_front();
+        }
+    }
+
+    /// From where on a standby at epoch `after` needs what is here; nothing if it needs more. Changes
+    /// that it has already may be among it (of an epoch that was taken back): made again in order
+    /// they do no harm.
+    fn position(&self, after: u64) -> Option<u64> {
+        let whole = self.whole.filter(|whole| whole.epoch <= after)?;
+        let mark = self.marks.iter().rev().find(|mark| mark.epoch <= after);
+        Some(mark.unwrap_or(&whole).at.max(self.start))
+    }
+
+    fn append(&mut self, record: &Record<'_>) {
+        let length = record.encoded_len();
+        let fits = |block: &&mut Block| block.bytes.len() + length <= PAYLOAD_MAX;
+        match self.blocks.back_mut().filter(fits) {
+            Some(block) => record.encode(&mut block.bytes),
+            None => {
+                let mut bytes = Vec::with_capacity(length);
+                record.encode(&mut bytes);
+                self.blocks.push_back(Block {
+                    start: self.end,
+                    bytes,
+                });
+            }
+        }
+        self.end += length as u64;
+    }
+
+    fn next(&self, cursor: &mut Cursor, frame: &mut Vec<u8>) -> Next {
+        if cursor.round != self.round {
+            return Next::Over;
+        }
+        let mark = self.marks.iter().find(|mark| mark.epoch > cursor.sealed);
+        if let Some(mark) = mark.filter(|mark| mark.at <= cursor.at) {
+            cursor.sealed = mark.epoch;
+            return Next::Seal(mark.epoch);
+        }
+        let whole = match self.state {
+            State::Keeping => self.whole.map_or(0, |whole| whole.at),
+            _ => u64::MAX,
+        };
+        let (epoch, limit) = match mark {
+            _ if cursor.at < whole => (0, whole),
+            Some(mark) => (mark.epoch, mark.at),
+            None => (self.sealed + 1, u64::MAX),
+        };
+        let at = self
+            .blocks
+            .partition_point(|block| block.end() <= cursor.at);
+        let Some(block) = self.blocks.get(at) else {
+            return Next::Nothing;
+        };
+        let from = cursor.at.saturating_sub(block.start) as usize;
+        let to = block.end().min(limit).saturating_sub(block.start) as usize;
+        let bytes = block.bytes.get(from..to).unwrap_or_default();
+        frame.extend_from_slice(bytes);
+        cursor.at += bytes.len() as u64;
+        Next::Changes(epoch)
+    }
+}

@@ -1,0 +1,505 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! The primary's disks with a real QEMU and a real nbdkit: what a receiver makes of the disk stream.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+
+use remus_proto::disk::{Change, Record, CHUNK};
+use remus_proto::frame::HEADER_SIZE;
+use serde_json::json;
+
+use super::machine::{connect, directory, Killed};
+use super::model::{until, Random};
+use crate::host::qmp::Qmp;
+use crate::primary::disks::copy::{sum, Known};
+use crate::primary::disks::mirror;
+use crate::primary::disks::queue::{Cursor, Next, Queue};
+use crate::primary::disks::server::Server;
+use crate::primary::disks::Disk;
+
+/// Bytes of the disk: not a whole number of chunks.
+const SIZE: usize = (4 << 20) + 5 * 512;
+const LONG: Duration = Duration::from_secs(60);
+const AT_ONCE: Duration = Duration::ZERO;
+
+/// A QEMU with a disk whose processors never run, its mirror, and a receiver.
+struct Rig {
+    qmp: Qmp,
+    server: Option<Server>,
+    queue: Arc<Queue>,
+    asked: Arc<AtomicUsize>,
+    disk: Disk,
+    source: PathBuf,
+    _qemu: Killed,
+    dir: tempfile::TempDir,
+}
+
+impl Rig {
+    /// `format` of the image; `bound` of the queue.
+    fn new(format: &str, bound: u64, discard: bool) -> Self {
+        let dir = directory();
+        let source = dir.path().join("source");
+        let mut content = vec![0; SIZE];
+        // Zeros in the middle.
+        fill(&mut content[..SIZE / 4], 1);
+        fill(&mut content[SIZE / 2..], 2);
+        let raw = dir.path().join("raw");
+        fs::write(&raw, &content).unwrap();
+        if format == "raw" {
+            fs::rename(&raw, &source).unwrap();
+        } else {
+            convert(&raw, "raw", &source, format);
+        }
+        let (source_is, unmap) = (source.display(), if discard { "unmap" } else { "ignore" });
+        let qmp = dir.path().join("qmp");
+        let qemu = Command::new("qemu-system-x86_64")
+            .args(["-nodefaults", "-no-user-config", "-display", "none"])
+            .args(["-accel", "tcg", "-machine", "pc", "-m", "8M", "-S"])
+            .arg("-blockdev")
+            .arg(format!(
+                "driver=file,filename={source_is},node-name=f,discard={unmap}"
+            ))
+            .arg("-blockdev")
+            .arg(format!(
+                "driver={format},file=f,node-name=disk0,discard={unmap}"
+            ))
+            .args(["-device", "virtio-blk-pci,drive=disk0,id=vd"])
+            .arg("-qmp")
+            .arg(format!("unix:{},server=on,wait=off", qmp.display()))
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("these tests need QEMU: apt install qemu-system-x86");
+        let qemu = Killed(qemu);
+        let mut qmp = connect(&qmp);
+        let size = mirror::size(&mut qmp, "disk0").unwrap();
+        assert_eq!(size, SIZE as u64);
+        let disk = Disk {
+            name: "root".into(),
+            node: "disk0".into(),
+            size,
+            discard,
+        };
+        let asked = Arc::<AtomicUsize>::default();
+        let ask = Arc::clone(&asked);
+        let queue = Arc::new(Queue::new(bound, move || {
+            ask.fetch_add(1, Ordering::SeqCst);
+        }));
+        let mut rig = Self {
+            qmp,
+            server: None,
+            queue,
+            asked,
+            disk,
+            source,
+            _qemu: qemu,
+            dir,
+        };
+        rig.serve();
+        rig
+    }
+
+    fn serve(&mut self) {
+        self.server = None;
+        let disks = [self.disk.clone()];
+        let server = Server::start(self.dir.path(), "web", &disks, &self.queue);
+        self.server = Some(server.unwrap());
+    }
+
+    fn mirror(&mut self) {
+        let socket = self.server.as_ref().unwrap().socket().to_owned();
+        mirror::start(&mut self.qmp, &self.disk, &socket).unwrap();
+    }
+
+    fn state(&mut self) -> mirror::State {
+        let disks = [self.disk.clone()];
+        mirror::states(&mut self.qmp, &disks).unwrap().remove(0)
+    }
+
+    /// Copies until all is mirrored.
+    fn copy(&mut self, cursor: &mut Cursor, target: &mut Target) {
+        until("the copy", LONG, || {
+            target.drain(&self.queue, cursor);
+            self.state().synced
+        });
+    }
+
+    /// What qemu-io says to `line` on the guest's disk.
+    fn io(&mut self, line: &str) -> String {
+        let line = format!("qemu-io -d vd/virtio-backend \"{line}\"");
+        let answer = self
+            .qmp
+            .execute("human-monitor-command", json!({"command-line": line}));
+        let answer = answer.unwrap().as_str().unwrap().to_owned();
+        assert!(!answer.to_lowercase().contains("fail"), "{line}: {answer}");
+        assert!(!answer.to_lowercase().contains("error"), "{line}: {answer}");
+        answer
+    }
+
+    /// What the guest's disk has.
+    fn content(&mut self) -> Vec<u8> {
+        self.io("flush");
+        if self.source_is_raw() {
+            return fs::read(&self.source).unwrap();
+        }
+        let raw = self.dir.path().join("converted");
+        convert(&self.source, "qcow2", &raw, "raw");
+        fs::read(raw).unwrap()
+    }
+
+    fn source_is_raw(&self) -> bool {
+        let mut magic = [0; 4];
+        let file = fs::File::open(&self.source).unwrap();
+        file.read_exact_at(&mut magic, 0).unwrap();
+        magic != *b"QFI\xfb"
+    }
+}
+
+fn fill(bytes: &mut [u8], seed: u64) {
+    let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    bytes.iter_mut().for_each(|b| *b = random.next() as u8);
+}
+
+fn convert(from: &Path, format: &str, to: &Path, as_format: &str) {
+    let status = Command::new("qemu-img")
+        .args(["convert", "-U", "-f", format, "-O", as_format])
+        .args([from, to])
+        .status()
+        .expect("these tests need qemu-img: apt install qemu-utils");
+    assert!(status.success());
+}
+
+/// A receiver of the disk stream, which writes everything at once.
+struct Target {
+    image: Vec<u8>,
+    /// Bytes of changes that came, with their heads.
+    received: usize,
+    /// What came: epochs of frames, marks negative.
+    frames: Vec<i64>,
+    discards: usize,
+}
+
+impl Target {
+    fn new(image: Vec<u8>) -> Self {
+        Self {
+            image,
+            received: 0,
+            frames: Vec::new(),
+            discards: 0,
+        }
+    }
+
+    fn empty() -> Self {
+        Self::new(vec![0xee; SIZE])
+    }
+
+    /// Takes all that there is.
+    fn drain(&mut self, queue: &Queue, cursor: &mut Cursor) {
+        let mut frame = Vec::new();
+        loop {
+            match queue.next(cursor, &mut frame, AT_ONCE) {
+                Next::Nothing => return,
+                Next::Over => panic!("the cursor is not the newest"),
+                Next::Seal(epoch) => self.frames.push(-(epoch as i64)),
+                Next::Changes(epoch) => {
+                    self.frames.push(epoch as i64);
+                    let mut payload = &frame[HEADER_SIZE..];
+                    self.received += payload.len();
+                    while !payload.is_empty() {
+                        self.write(&Record::decode(&mut payload).unwrap());
+                    }
+                }
+            }
+        }
+    }
+
+    fn write(&mut self, record: &Record<'_>) {
+        assert_eq!(record.disk, 0);
+        let at = record.offset as usize;
+        let to = &mut self.image[at..at + record.change.length() as usize];
+        match record.change {
+            Change::Write(data) => to.copy_from_slice(data),
+            Change::Zero(_) => to.fill(0),
+            Change::Discard(_) => {
+                self.discards += 1;
+                to.fill(0);
+            }
+        }
+    }
+
+    fn sums(&self) -> Vec<Known> {
+        let mut known = Known::new(SIZE as u64);
+        let sums: Vec<_> = self.image.chunks(CHUNK).map(sum).collect();
+        known.learn(0, &sums);
+        assert!(known.complete());
+        vec![known]
+    }
+}
+
+fn same(a: &[u8], b: &[u8]) {
+    assert_eq!(a.len(), b.len());
+    let differ = a.iter().zip(b).position(|(a, b)| a != b);
+    assert_eq!(differ, None, "the first byte that differs");
+}
+
+fn copies_and_goes_on(format: &str) {
+    let mut rig = Rig::new(format, 64 << 20, true);
+    let mut target = Target::empty();
+    let mut cursor = rig.queue.copy(Vec::new());
+    rig.mirror();
+    // Writes while it is copied.
+    rig.io("write -P 0x11 0 4k");
+    rig.io("write -P 0x12 4193280 1024");
+    rig.copy(&mut cursor, &mut target);
+    rig.qmp.execute("stop", json!({})).unwrap();
+    target.drain(&rig.queue, &mut cursor);
+    same(&rig.content(), &target.image);
+    assert!(target.frames.iter().all(|epoch| *epoch == 0));
+    // With no zeros first, nor anything sent twice, and zeros in few bytes.
+    assert!(target.received < SIZE - SIZE / 8, "{}", target.received);
+    rig.queue.seal(7);
+    target.frames.clear();
+
+    rig.io("write -P 0x5a 64k 128k");
+    rig.io("write -P 0x5b 512 512");
+    rig.io("flush");
+    rig.queue.seal(8);
+    rig.io("write -z 1M 64k");
+    rig.io("discard 2M 192k");
+    rig.io("write -P 0x5c 65k 1k");
+    target.drain(&rig.queue, &mut cursor);
+    assert_eq!(target.frames, [-7, 8, -8, 9]);
+    rig.queue.seal(9);
+    rig.io("write -f -P 0x5d 3M 1k");
+    target.drain(&rig.queue, &mut cursor);
+    assert_eq!(target.frames, [-7, 8, -8, 9, -9, 10]);
+    assert!(target.discards > 0);
+    same(&rig.content(), &target.image);
+    assert!(rig.state().synced);
+    rig.queue.applied(9);
+    assert!(rig.queue.level().held > 1024);
+    assert!(rig.queue.level().held < 2048);
+
+    // The guest keeps its node, and nothing of ours is left.
+    mirror::cancel(&mut rig.qmp).unwrap();
+    rig.io("write -P 0x77 0 512");
+    target.drain(&rig.queue, &mut cursor);
+    assert!(rig.content()[..512].iter().all(|b| *b == 0x77));
+    assert_ne!(target.image[0], 0x77);
+    let told = mirror::states(&mut rig.qmp, &[rig.disk.clone()]).unwrap_err();
+    assert!(told.to_string().contains("does not mirror"), "{told}");
+    mirror::cancel(&mut rig.qmp).unwrap();
+}
+
+#[test]
+fn raw_disk() {
+    copies_and_goes_on("raw");
+}
+
+#[test]
+fn qcow2_disk() {
+    copies_and_goes_on("qcow2");
+}
+
+#[test]
+fn no_such_node() {
+    let mut rig = Rig::new("raw", 1 << 20, false);
+    let told = mirror::size(&mut rig.qmp, "disk1").unwrap_err().to_string();
+    assert!(told.contains("disk1") && told.contains("disk0"), "{told}");
+    rig.disk.node = "disk1".into();
+    let socket = rig.server.as_ref().unwrap().socket().to_owned();
+    let told = mirror::start(&mut rig.qmp, &rig.disk, &socket).unwrap_err();
+    assert!(format!("{told:#}").contains("disk1"), "{told:#}");
+    // Which leaves nothing behind.
+    rig.disk.node = "disk0".into();
+    rig.queue.copy(Vec::new());
+    rig.mirror();
+    // A disk that nbdkit does not know.
+    rig.disk.name = "other".into();
+    let told = mirror::start(&mut rig.qmp, &rig.disk, &socket);
+    assert!(told.is_err());
+}
+
+/// A standby that has nearly everything gets only what differs.
+#[test]
+fn sums_save_bytes() {
+    let mut rig = Rig::new("raw", 64 << 20, false);
+    let mut target = Target::new(rig.content());
+    target.image[100 * 1024] ^= 1;
+    target.image[SIZE - 1] ^= 1;
+    let mut cursor = rig.queue.copy(target.sums());
+    rig.mirror();
+    rig.io("write -P 0x33 1M 512");
+    rig.copy(&mut cursor, &mut target);
+    rig.queue.seal(1);
+    target.drain(&rig.queue, &mut cursor);
+    same(&rig.content(), &target.image);
+    assert!(target.received > CHUNK);
+    // Two chunks that differed, the last of them short, the write, and its chunk again perhaps.
+    assert!(target.received < 3 * CHUNK, "{}", target.received);
+    // Afterwards what is written goes, whatever it is.
+    let before = target.received;
+    rig.io("write -P 0x33 1M 512");
+    target.drain(&rig.queue, &mut cursor);
+    assert_eq!(target.received, before + 16 + 512);
+}
+
+/// Without a standby the guest goes on, and what was missed is copied when there is one again.
+#[test]
+fn tracks_and_goes_on() {
+    let mut rig = Rig::new("raw", 64 << 20, false);
+    let mut target = Target::empty();
+    let mut cursor = rig.queue.copy(Vec::new());
+    rig.mirror();
+    rig.copy(&mut cursor, &mut target);
+    rig.queue.seal(1);
+    rig.io("write -P 0x21 0 64k");
+    rig.queue.seal(2);
+    rig.io("write -P 0x22 128k 64k");
+    // It holds epoch 1 when it is lost; the rest is still here.
+    assert_eq!(rig.queue.resume(0).map(drop), None);
+    let mut frame = Vec::new();
+    until("the mark of epoch 1", LONG, || {
+        match rig.queue.next(&mut cursor, &mut frame, AT_ONCE) {
+            Next::Changes(0) => {
+                let mut payload = &frame[HEADER_SIZE..];
+                while !payload.is_empty() {
+                    target.write(&Record::decode(&mut payload).unwrap());
+                }
+                false
+            }
+            next => next == Next::Over || next == Next::Seal(1),
+        }
+    });
+    rig.queue.unseal(1);
+    rig.queue.track();
+    for round in 0..3 {
+        rig.io("write -P 0x23 256k 64k");
+        rig.io("write -P 0x24 3M 512");
+        rig.io(&format!("write -P {} 1M 300k", 0x30 + round));
+    }
+    until("the job to stop", LONG, || rig.state().stopped);
+    assert!(!rig.state().synced);
+    // A pause does not wait for it either.
+    rig.qmp.execute("cont", json!({})).unwrap();
+    rig.qmp.execute("stop", json!({})).unwrap();
+
+    let mut cursor = rig.queue.copy_on(1).unwrap();
+    let disk = rig.disk.clone();
+    mirror::resume(&mut rig.qmp, &disk).unwrap();
+    target.frames.clear();
+    target.received = 0;
+    rig.copy(&mut cursor, &mut target);
+    assert!(target.received < SIZE / 4, "{}", target.received);
+    rig.queue.seal(9);
+    rig.io("write -P 0x25 0 512");
+    target.drain(&rig.queue, &mut cursor);
+    same(&rig.content(), &target.image);
+    let (copied, after) = target.frames.split_at(target.frames.len() - 2);
+    assert!(copied.iter().all(|epoch| *epoch == 0));
+    assert_eq!(after, [-9, 10]);
+}
+
+/// When nbdkit dies the guest goes on; with another one the mirror does.
+#[test]
+fn nbdkit_dies() {
+    let mut rig = Rig::new("raw", 64 << 20, false);
+    let mut target = Target::empty();
+    let mut cursor = rig.queue.copy(Vec::new());
+    rig.mirror();
+    rig.copy(&mut cursor, &mut target);
+    rig.queue.seal(1);
+    let server = rig.server.as_mut().unwrap();
+    let pid = rustix::process::Pid::from_raw(server.pid() as i32).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    until("its end", LONG, || server.ended().unwrap().is_some());
+    rig.io("write -P 0x41 1M 64k");
+    assert!(!rig.state().synced);
+
+    rig.serve();
+    // With its end the queue takes nothing more.
+    assert_eq!(
+        rig.queue.next(&mut cursor, &mut Vec::new(), AT_ONCE),
+        Next::Over
+    );
+    let mut cursor = rig.queue.copy_on(1).unwrap();
+    let disk = rig.disk.clone();
+    mirror::resume(&mut rig.qmp, &disk).unwrap();
+    rig.copy(&mut cursor, &mut target);
+    rig.queue.seal(2);
+    target.drain(&rig.queue, &mut cursor);
+    same(&rig.content(), &target.image);
+}
+
+/// A pause leaves no write unanswered: what the disk has is in the queue.
+#[test]
+fn a_pause_is_whole() {
+    let mut rig = Rig::new("raw", 64 << 20, false);
+    let mut target = Target::empty();
+    let mut cursor = rig.queue.copy(Vec::new());
+    rig.mirror();
+    rig.copy(&mut cursor, &mut target);
+    let mut random = Random(11);
+    for epoch in 1..20 {
+        rig.qmp.execute("cont", json!({})).unwrap();
+        for _ in 0..8 {
+            let (at, byte) = (random.next() % 60 * 64, random.next() % 255);
+            rig.io(&format!("aio_write -P {byte} {at}k 100k"));
+        }
+        rig.qmp.execute("stop", json!({})).unwrap();
+        rig.queue.seal(epoch);
+        target.drain(&rig.queue, &mut cursor);
+        assert_eq!(target.frames.last(), Some(&-(epoch as i64)));
+        // As it is: nothing that would wait for a write.
+        same(&fs::read(&rig.source).unwrap(), &target.image);
+        assert!(rig.state().synced);
+        rig.queue.applied(epoch);
+        assert_eq!(rig.queue.level().held, 0);
+    }
+}
+
+/// At the bound a write waits, and goes on when there is room; a pause ends all the same.
+#[test]
+fn a_full_queue_makes_writes_wait() {
+    const BOUND: u64 = 256 << 10;
+    let mut rig = Rig::new("raw", BOUND, false);
+    let mut target = Target::empty();
+    let mut cursor = rig.queue.copy(Vec::new());
+    rig.mirror();
+    rig.copy(&mut cursor, &mut target);
+    rig.queue.seal(1);
+    rig.queue.applied(1);
+    rig.qmp.execute("cont", json!({})).unwrap();
+    assert_eq!(rig.asked.load(Ordering::SeqCst), 0);
+    rig.io("aio_write -P 0x61 0 200k");
+    rig.io("aio_write -P 0x62 1M 200k");
+    until("a write that waits", LONG, || rig.queue.level().waiting > 0);
+    // Half of it was reached, so that it is sealed early.
+    assert_eq!(rig.asked.load(Ordering::SeqCst), 1);
+    assert!(rig.queue.level().held <= BOUND);
+    let through = rig.queue.let_through();
+    rig.qmp.execute("stop", json!({})).unwrap();
+    drop(through);
+    rig.queue.seal(2);
+    assert!(rig.queue.level().held > BOUND);
+    assert_eq!(rig.queue.level().waiting, 0);
+    rig.qmp.execute("cont", json!({})).unwrap();
+    rig.io("aio_write -P 0x63 2M 4k");
+    until("another", LONG, || rig.queue.level().waiting > 0);
+    target.drain(&rig.queue, &mut cursor);
+    assert_eq!(
+        target.image[2 << 20],
+        fs::read(&rig.source).unwrap()[SIZE - 1] & 0
+    );
+    rig.queue.applied(2);
+    until("room", LONG, || rig.queue.level().waiting == 0);
+    rig.qmp.execute("stop", json!({})).unwrap();
+    target.drain(&rig.queue, &mut cursor);
+    assert!(rig.state().synced);
+    same(&rig.content(), &target.image);
+}
