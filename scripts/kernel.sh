@@ -12,11 +12,14 @@
 SERIES=7.2
 flavour=${1:-release}
 case $flavour in
-    release) fragments=("$TOP/scripts/kernel.config") compiler= ;;
+    # Guests run it too, with whatever disks.
+    release) fragments=(kernel kernel-disks kernel-tests) compiler= ;;
     # KASAN together with Rust wants clang (init/Kconfig).
-    debug) fragments=("$TOP/scripts/kernel.config" "$TOP/scripts/kernel-debug.config") compiler=LLVM=-19 ;;
+    debug) fragments=(kernel kernel-tests kernel-debug) compiler=LLVM=-19 ;;
     *) die "unknown kernel flavour '$flavour': say release or debug." ;;
 esac
+fragments=("${fragments[@]/%/.config}")
+fragments=("${fragments[@]/#/$TOP/scripts/}")
 
 mkdir -p "$CACHE/log" 2>/dev/null || die "cannot create $CACHE: set REMUS_CACHE=DIR to a directory you can write."
 # Print the newest unpacked source tree, or nothing.

@@ -170,7 +170,8 @@ pub fn protect(args: &Protect, run_dir: &Path) -> Result<u8> {
             say!("end the guest of {name} here: {e:#}");
         }
     }
-    if let Some(disks) = &parts.disks {
+    let lives = !matches!(end, End::HandedOver | End::GuestEnded(_));
+    if let Some(disks) = parts.disks.as_ref().filter(|_| lives) {
         if let Err(e) = disks.end(parts.guest.qmp()) {
             say!("cannot tidy up after the mirrors of the disks: {e:#}");
         }

@@ -25,7 +25,7 @@ use serde_json::json;
 
 use crate::args::Standby;
 use crate::commands::domain;
-use crate::config::disk::{paths, Images};
+use crate::config::disk::{paths, Disk, Images};
 use crate::config::{Config, Places, StandbySettings, Vmm as VmmConfig};
 use crate::host::kernel::Machine;
 use crate::host::netlink::{refusal, Remus};
@@ -41,7 +41,7 @@ use crate::report::live::{Ask, Live, Order, Station};
 use crate::report::trace::ms;
 use crate::report::{metrics, say, service, Report};
 use crate::standby::caller::{Caller, Callers};
-use crate::standby::disks::Store;
+use crate::standby::disks::{Spec, Store};
 use crate::standby::serve::{serve, End, Handover, Held, Lost, Offer, Parts};
 use crate::standby::takeover::take_over;
 use crate::{say, signals};
@@ -67,6 +67,17 @@ struct Host {
     _domain: OwnDomain,
 }
 
+/// The images of its disks, brought to a whole epoch.
+fn open_images(images: &Images) -> Result<Store> {
+    let spec = |disk: &Disk| Spec {
+        name: disk.name.clone(),
+        path: disk.path.clone(),
+        format: disk.format,
+    };
+    let specs: Vec<Spec> = images.disks.iter().map(spec).collect();
+    Store::open(&specs, &images.journal, images.durability, images.bound)
+}
+
 /// A domain that is deleted when this is dropped.
 struct OwnDomain {
     name: Option<String>,
@@ -86,7 +97,7 @@ impl Drop for OwnDomain {
 
 impl Host {
     fn start(setup: &Setup<'_>) -> Result<Self> {
-        let disks = setup.images.map(Store::open).transpose()?;
+        let disks = setup.images.map(open_images).transpose()?;
         let mut kernel = Remus::connect()?;
         let name = setup.local;
         let made = kernel.domain_new(name, Some(setup.memory)).map_err(|e| {
@@ -124,6 +135,14 @@ impl Host {
             disks,
             _domain: domain,
         })
+    }
+
+    /// Whether the images of its disks, if it has any, are those of `epoch`.
+    fn has_disks_of(&self, epoch: u64) -> bool {
+        let Some(disks) = &self.disks else {
+            return true;
+        };
+        disks.whole().is_some_and(|stamp| stamp.epoch == epoch)
     }
 
     /// Leaves the machine and its domain to themselves.
@@ -165,6 +184,7 @@ pub fn standby(args: &Standby, run_dir: &Path) -> Result<u8> {
         memory: settings.memory,
         port: settings.port.as_deref(),
         command: &settings.vmm,
+        images: settings.images.as_ref(),
         disks: settings
             .images
             .as_ref()
@@ -352,9 +372,13 @@ impl Around<'_> {
         let detect_ms = ms(lost.heard.elapsed());
         let seen = json!({"reason": lost.why, "detect_ms": detect_ms, "epoch": held.epoch});
         self.report.event("silence", seen);
-        if held.epoch == 0 {
+        if held.epoch == 0 || !host.has_disks_of(held.epoch) {
+            let lacks = match held.epoch {
+                0 => "no epoch of it has come whole",
+                _ => "its disks were being copied",
+            };
             say!(
-                "the primary {peer} is lost ({}), and no epoch of {domain} has come whole: there is nothing to resume",
+                "the primary {peer} is lost ({}), and {lacks}: there is nothing of {domain} to resume",
                 lost.why
             );
             self.report.event("nothing-to-resume", json!({}));

@@ -199,9 +199,9 @@ pub fn serve(caller: Caller, offer: &Offer, held: &mut Held, parts: &mut Parts<'
     let outcome = work(
         parts, held, run, offer, receiver, incoming, disks, stage, &handle, &data,
     );
-    if let Some(store) = parts.disks {
-        // What was not acknowledged: the primary has it, and sends it again.
-        store.discard();
+    // What was not acknowledged: the primary has it, and sends it again.
+    if let Some(Err(e)) = parts.disks.map(Store::discard) {
+        return End::Failed(e.context("the images of its disks are of no use any more"));
     }
     match outcome {
         Outcome::Lost(lost) => End::Lost(lost),
@@ -293,15 +293,15 @@ pub(crate) enum Outcome {
 
 /// Runs the threads until something ends it. All that was acknowledged is applied on return.
 #[allow(clippy::too_many_arguments)]
-fn work(
+fn work<'a>(
     parts: &mut Parts<'_>,
     held: &mut Held,
     run: u128,
     offer: &Offer,
     receiver: Receiver,
     incoming: Receiver,
-    disks: Option<DiskStream<'_>>,
-    mut stage: Staging<'_>,
+    disks: Option<DiskStream<'a>>,
+    mut stage: Staging<'a>,
     handle: &Handle,
     data: &Handle,
 ) -> Outcome {
@@ -319,8 +319,8 @@ fn work(
         tick,
     } = parts;
     let report: &Report = report;
-    let over = AtomicBool::new(false);
-    stage.disks = disks.as_ref().map(|disks| (disks.store, &over));
+    let over: Arc<AtomicBool> = Arc::default();
+    stage.disks = disks.as_ref().map(|d| (d.store, Arc::clone(&over)));
     let to_tell = disks.as_ref().map(|d| (d.store, d.sender.clone()));
     let of_disks = disks.as_ref().map(DiskStream::handle);
     thread::scope(|scope| {
@@ -348,7 +348,7 @@ fn work(
                 .name("control".into())
                 .spawn_scoped(scope, listening)?;
             if let Some(disks) = disks {
-                let over = &over;
+                let over = Arc::clone(&over);
                 let changing = move || {
                     let outcome = disks.run();
                     over.store(true, Ordering::Relaxed);
@@ -446,7 +446,11 @@ fn watch(
                     again: Some(Box::new(caller)),
                 });
             }
-            caller.refuse(Kind::Error, if caller.disks().is_some() { NO_DISKS } else { BUSY });
+            let why = match caller.disks() {
+                Some(_) => NO_DISKS,
+                None => BUSY,
+            };
+            caller.refuse(Kind::Error, why);
         }
     }
 }

@@ -4,6 +4,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::SyncSender;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, Result};
@@ -53,7 +54,7 @@ pub(crate) struct Staging<'a> {
     pub(super) seen: &'a AtomicU64,
     pub(super) control: &'a Sender,
     /// The guest's disks, whose changes come by another stream, and whether that has ended.
-    pub(super) disks: Option<(&'a Store, &'a AtomicBool)>,
+    pub(super) disks: Option<(&'a Store, Arc<AtomicBool>)>,
 }
 
 /// Shorthand for what makes no sense.
@@ -211,7 +212,7 @@ impl<'a> Staging<'a> {
     /// Waits until the changes of the disks up to the end of `epoch` are held. They never will be if the
     /// disk stream has ended.
     fn has_disks(&self, epoch: u64) -> bool {
-        let Some((store, over)) = self.disks else {
+        let Some((store, over)) = &self.disks else {
             return true;
         };
         while !store.wait_sealed(epoch, TICK) {

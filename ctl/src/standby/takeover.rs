@@ -55,7 +55,7 @@ pub fn take_over(
     let loaded = Instant::now();
     if let Some(disks) = disks {
         disks
-            .close()
+            .hand_over()
             .context("cannot close the images of its disks")?;
     }
     let closed = Instant::now();

@@ -41,7 +41,6 @@ pub struct Queue {
     /// There may be room again.
     room: Condvar,
     bound: u64,
-    half: Box<dyn Fn() + Send + Sync>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -82,14 +81,16 @@ struct Inner {
     whole: Option<Mark>,
     /// The newest epoch that was sealed.
     sealed: u64,
+    /// The newest epoch that the standby has in its images.
+    applied: u64,
     /// Which cursor may go on.
     round: u64,
     known: Vec<Known>,
     /// How many of [`Through`] there are.
     through: usize,
-    /// An early seal was asked for.
-    asked: bool,
     waiting: usize,
+    /// There is no standby just now.
+    alone: bool,
 }
 
 /// How far the sender is. Of no use any more after a later one was made.
@@ -138,9 +139,8 @@ impl fmt::Display for Refused {
 impl std::error::Error for Refused {}
 
 impl Queue {
-    /// An empty one, tracking, that holds `bound` bytes. Calls `half`, from a thread that brings a
-    /// change, when it is half full: once in each epoch, which should end then.
-    pub fn new(bound: u64, half: impl Fn() + Send + Sync + 'static) -> Self {
+    /// An empty one, tracking, that holds `bound` bytes.
+    pub fn new(bound: u64) -> Self {
         Self {
             inner: Mutex::new(Inner {
                 state: State::Tracking,
@@ -150,16 +150,16 @@ impl Queue {
                 marks: VecDeque::new(),
                 whole: None,
                 sealed: 0,
+                applied: 0,
                 round: 0,
                 known: Vec::new(),
                 through: 0,
-                asked: false,
                 waiting: 0,
+                alone: false,
             }),
             news: Condvar::new(),
             room: Condvar::new(),
             bound,
-            half: Box::new(half),
         }
     }
 
@@ -201,7 +201,10 @@ impl Queue {
 
     /// Takes no more changes, until a copy begins. Those that wait are refused.
     pub fn track(&self) {
-        let mut inner = lock(&self.inner);
+        self.stop_taking(&mut lock(&self.inner));
+    }
+
+    fn stop_taking(&self, inner: &mut Inner) {
         if inner.whole.is_none() {
             inner.clear();
         }
@@ -241,6 +244,10 @@ impl Queue {
             && inner.held() > 0
             && inner.held() + length > self.bound
         {
+            if inner.alone {
+                self.stop_taking(&mut inner);
+                break;
+            }
             inner = self
                 .room
                 .wait(inner)
@@ -252,13 +259,23 @@ impl Queue {
         }
         inner.append(record);
         self.news.notify_one();
-        let ask = inner.state == State::Keeping && !inner.asked && inner.held() > self.bound / 2;
-        inner.asked |= ask;
-        drop(inner);
-        if ask {
-            (self.half)();
-        }
         Ok(())
+    }
+
+    /// Whether the epoch that is open should end because of how much is held.
+    pub fn is_half_full(&self) -> bool {
+        let inner = lock(&self.inner);
+        inner.state == State::Keeping && inner.held() > self.bound / 2
+    }
+
+    /// The standby is lost. What is held stays for when it is back, but from when it is full on changes are
+    /// not taken any more.
+    pub fn lost(&self) {
+        let mut inner = lock(&self.inner);
+        inner.alone = true;
+        if inner.waiting > 0 {
+            self.stop_taking(&mut inner);
+        }
     }
 
     /// While this is held no change waits. The guest has to be paused within: its pause ends only
@@ -288,7 +305,6 @@ impl Queue {
         }
         inner.marks.push_back(mark);
         inner.sealed = epoch;
-        inner.asked = false;
         self.news.notify_one();
     }
 
@@ -303,6 +319,7 @@ impl Queue {
     /// The standby has all up to `epoch` in its images: forgets it.
     pub fn applied(&self, epoch: u64) {
         let mut inner = lock(&self.inner);
+        inner.applied = inner.applied.max(epoch);
         while let Some(mark) = inner.marks.front().copied() {
             if mark.epoch > epoch {
                 break;
@@ -353,6 +370,7 @@ impl Queue {
 
     fn cursor(&self, inner: &mut Inner, at: u64) -> Cursor {
         inner.round += 1;
+        inner.alone = false;
         // Whoever sends with an older one is to end.
         self.news.notify_all();
         self.room.notify_all();
@@ -399,7 +417,7 @@ impl Inner {
     /// that it has already may be among it (of an epoch that was taken back): made again in order
     /// they do no harm.
     fn position(&self, after: u64) -> Option<u64> {
-        let whole = self.whole.filter(|whole| whole.epoch <= after)?;
+        let whole = self.whole.filter(|whole| whole.epoch.max(self.applied) <= after)?;
         let mark = self.marks.iter().rev().find(|mark| mark.epoch <= after);
         Some(mark.unwrap_or(&whole).at.max(self.start))
     }

@@ -51,21 +51,13 @@ use self::journal::Journal;
 use self::medium::Plain;
 use self::space::Promises;
 pub use self::sums::Whole;
+pub use crate::config::disk::{Durability, Format};
 use crate::peer::stream::lock;
 
 /// The journal leaves out what was applied when that takes more than this.
 const LIMIT: u64 = 64 << 20;
 /// Room in the journal for what records take beside changes.
 const SLACK: u64 = 64 << 10;
-
-/// How an image is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    /// Its bytes are the disk's: a file or a block device.
-    Raw,
-    /// QEMU's qcow2.
-    Qcow2,
-}
 
 /// A disk of the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,15 +68,6 @@ pub struct Spec {
     pub path: PathBuf,
     /// How that is written.
     pub format: Format,
-}
-
-/// Where a sealed epoch is held.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Durability {
-    /// In memory: lost if this host fails, as is the guest's memory.
-    Memory,
-    /// In memory and, synced, in the journal.
-    Disk,
 }
 
 /// What images are of.
