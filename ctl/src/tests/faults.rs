@@ -94,6 +94,7 @@ fn plan() -> Plan {
             raw: false,
         },
         copy_in_pause: false,
+        disks: Vec::new(),
     }
 }
 
@@ -137,6 +138,7 @@ fn stand_by(
         let mut parts = standby::Parts {
             callers,
             image: &mut image,
+            disks: None,
             machine: &mut Patient,
             report: &Report::default(),
             stop,
@@ -216,6 +218,7 @@ fn both(
             sealer: Box::new(kernel.clone()),
             committer: Box::new(kernel.clone()),
             pages: Box::new(kernel),
+            disks: None,
             hearing,
             report: Report::default(),
             orders,
@@ -659,6 +662,7 @@ fn alone_until_a_standby_is_there() {
             sealer: Box::new(kernel.clone()),
             committer: Box::new(kernel.clone()),
             pages: Box::new(kernel),
+            disks: None,
             hearing: None,
             report: Report::default(),
             orders: channel().1,

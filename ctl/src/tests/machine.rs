@@ -33,7 +33,7 @@ use crate::standby::caller::{Caller, Callers};
 use crate::standby::serve::{self as standby, serve, Held, Offer};
 use crate::standby::takeover::take_over;
 
-const MEMORY: u64 = 8 << 20;
+pub const MEMORY: u64 = 8 << 20;
 /// Where the program counts.
 const COUNTER: u64 = 0x7000;
 
@@ -58,7 +58,7 @@ fn boot_sector(path: &Path) {
     fs::write(path, sector).unwrap();
 }
 
-fn command(ram: &Path, floppy: &Path, qmp: &Path) -> Vec<String> {
+pub fn command(ram: &Path, floppy: &Path, qmp: &Path) -> Vec<String> {
     let (ram, floppy, qmp) = (ram.display(), floppy.display(), qmp.display());
     [
         "qemu-system-x86_64",
@@ -83,11 +83,11 @@ fn command(ram: &Path, floppy: &Path, qmp: &Path) -> Vec<String> {
     .to_vec()
 }
 
-fn memory_file(path: &Path) {
+pub fn memory_file(path: &Path) {
     fs::File::create(path).unwrap().set_len(MEMORY).unwrap();
 }
 
-fn counter(path: &Path) -> u32 {
+pub fn counter(path: &Path) -> u32 {
     let mut bytes = [0; 4];
     fs::File::open(path)
         .unwrap()
@@ -175,6 +175,7 @@ fn survives_its_host() {
             raw: false,
         },
         copy_in_pause: false,
+        disks: Vec::new(),
     };
     let ram = standby_ram.clone();
     let receiving = thread::spawn(move || {
@@ -187,6 +188,7 @@ fn survives_its_host() {
         let mut parts = standby::Parts {
             callers: &callers,
             image: &mut image,
+            disks: None,
             machine: &mut Patient,
             report: &Report::default(),
             stop: &AtomicBool::new(false),
@@ -203,6 +205,7 @@ fn survives_its_host() {
         sealer: Box::new(model.clone()),
         committer: Box::new(model.clone()),
         pages: Box::new(model.clone()),
+        disks: None,
         hearing: None,
         report: Report::open(Some(&trace_path)).unwrap(),
         orders: channel().1,
@@ -239,7 +242,7 @@ fn survives_its_host() {
 
     let before = counter(&standby_ram);
     assert!(before > 0);
-    let phases = take_over(&mut successor, &held, lost.heard, &Report::default()).unwrap();
+    let phases = take_over(&mut successor, &held, None, lost.heard, &Report::default()).unwrap();
     assert_eq!((phases.epoch, phases.generation), (held.epoch, 2));
     assert_eq!(successor.status().unwrap(), "running");
     until("the count to go on", Duration::from_secs(20), || {

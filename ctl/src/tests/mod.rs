@@ -6,6 +6,7 @@
 
 mod disks;
 mod faults;
+mod guest_with_disk;
 mod machine;
 mod model;
 mod replay;

@@ -1,0 +1,432 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! Both hosts with real QEMUs, real nbdkit and a guest that writes to its disk all the time: whatever
+//! happens to the connection, the standby's image is that of the epoch that it holds.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Result;
+use ring::digest::{digest, SHA256};
+
+use super::machine::{command, connect, counter, directory, memory_file, Killed, MEMORY};
+use super::model::{until, Model, Patient, Random};
+use crate::args::Loss;
+use crate::config::disk::{Disk, Durability, Format};
+use crate::host::kernel::Guest;
+use crate::host::qmp::Qmp;
+use crate::host::ram::Ram;
+use crate::host::vmm::Vmm;
+use crate::peer::channel::{Channel, Way};
+use crate::peer::door::Limits;
+use crate::peer::stream::lock;
+use crate::primary::disks::Disks;
+use crate::primary::keep::keep;
+use crate::primary::link::introduce;
+use crate::primary::pace::Pace;
+use crate::primary::pipeline::Encoding;
+use crate::primary::protect::{self, Parts, Plan};
+use crate::report::Report;
+use crate::standby::caller::{Caller, Callers};
+use crate::standby::disks::{Spec, Store};
+use crate::standby::serve::{self as standby, serve, Held, Lost, Offer};
+use crate::standby::takeover::take_over;
+
+/// Bytes of the disk: more than the program reaches.
+const DISK: usize = 9 << 20;
+const LONG: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_millis(1500);
+
+/// Counts in memory, and writes each number to three sectors of the first 8 MiB of the disk, at a place
+/// that depends on it, through the BIOS:
+///
+/// ```text
+///        xor ax, ax; mov ds, ax; mov ss, ax; mov sp, 0x7c00
+/// again: inc dword [0x7000]
+///        mov eax, [0x7000]; mov [0x8000], eax
+///        imul eax, eax, 0x9e3779b1; shr eax, 18; mov [packet + 8], eax
+///        mov si, packet; mov dl, 0x80; mov ax, 0x4300; int 0x13
+///        jmp again
+/// packet: 16 bytes: 3 sectors from 0:0x8000 to the sector at packet + 8
+/// ```
+const PROGRAM: [u8; 65] = [
+    0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xd0, 0xbc, 0x00, 0x7c, 0x66, 0xff, 0x06, 0x00, 0x70, 0x66, 0xa1,
+    0x00, 0x70, 0x66, 0xa3, 0x00, 0x80, 0x66, 0x69, 0xc0, 0xb1, 0x79, 0x37, 0x9e, 0x66, 0xc1, 0xe8,
+    0x12, 0x66, 0xa3, 0x39, 0x7c, 0xbe, 0x31, 0x7c, 0xb2, 0x80, 0xb8, 0x00, 0x43, 0xcd, 0x13, 0xeb,
+    0xd8, 0x10, 0x00, 0x03, 0x00, 0x00, 0x80, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00,
+    0x00,
+];
+
+/// A QEMU's command with the disk `image`.
+fn with_disk(ram: &Path, floppy: &Path, qmp: &Path, image: &Path) -> Vec<String> {
+    let mut command = command(ram, floppy, qmp);
+    let image = image.display();
+    command.extend(
+        [
+            "-boot",
+            "a",
+            "-blockdev",
+            &format!("driver=file,filename={image},node-name=file0"),
+            "-blockdev",
+            "driver=raw,file=file0,node-name=disk0",
+            "-device",
+            "virtio-blk-pci,drive=disk0",
+        ]
+        .map(str::to_owned),
+    );
+    command
+}
+
+/// What the primary's image was at each save.
+type Sums = Arc<Mutex<Vec<Vec<u8>>>>;
+
+/// A guest whose image is looked at while it stands still.
+struct Watched {
+    qmp: Qmp,
+    image: PathBuf,
+    sums: Sums,
+}
+
+impl Guest for Watched {
+    fn pause(&mut self) -> Result<()> {
+        self.qmp.pause()
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>> {
+        lock(&self.sums).push(sum(&self.image));
+        self.qmp.save()
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        Guest::resume(&mut self.qmp)
+    }
+
+    fn runs(&mut self) -> Result<bool> {
+        self.qmp.runs()
+    }
+
+    fn quit(&mut self) -> Result<()> {
+        self.qmp.quit()
+    }
+
+    fn ended(&mut self) -> Option<String> {
+        self.qmp.ended()
+    }
+
+    fn qmp(&mut self) -> Option<&mut Qmp> {
+        Some(&mut self.qmp)
+    }
+}
+
+fn sum(image: &Path) -> Vec<u8> {
+    digest(&SHA256, &fs::read(image).unwrap()).as_ref().to_vec()
+}
+
+/// A guest on its primary, and what a standby of it needs.
+struct Scene {
+    dir: tempfile::TempDir,
+    first: Killed,
+    model: Model,
+    sums: Sums,
+    guest: Option<Watched>,
+    plan: Plan,
+    disks: Option<Disks>,
+}
+
+impl Scene {
+    /// `bound`: bytes of changes that the primary holds.
+    fn new(bound: u64) -> Self {
+        let dir = directory();
+        let at = |name: &str| dir.path().join(name);
+        for ram in ["a.ram", "b.ram"] {
+            memory_file(&at(ram));
+        }
+        let mut floppy = PROGRAM.to_vec();
+        floppy.resize(510, 0);
+        floppy.extend([0x55, 0xaa]);
+        floppy.resize(1_474_560, 0);
+        fs::write(at("floppy"), floppy).unwrap();
+        // The standby has some of it, and other things.
+        let mut random = Random(77);
+        let mut disk: Vec<u8> = (0..DISK).map(|_| random.next() as u8).collect();
+        fs::write(at("a.img"), &disk).unwrap();
+        disk[DISK / 3..].fill(7);
+        fs::write(at("b.img"), &disk).unwrap();
+
+        let start = with_disk(&at("a.ram"), &at("floppy"), &at("a.qmp"), &at("a.img"));
+        let first = Command::new(&start[0])
+            .args(&start[1..])
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("this test needs QEMU: apt install qemu-system-x86");
+        let first = Killed(first);
+        let mut qmp = connect(&at("a.qmp"));
+        let ram = at("a.ram");
+        until("the program", LONG, || counter(&ram) > 3);
+        let configured = [Disk {
+            name: "root".into(),
+            node: "disk0".into(),
+            path: at("a.img"),
+            format: Format::Raw,
+            discard: false,
+        }];
+        let list = Disks::find(&mut qmp, &configured).unwrap();
+        let disks = Disks::serve(dir.path(), "count", &list, bound).unwrap();
+        let sums = Sums::default();
+        let plan = Plan {
+            domain: "count".into(),
+            memory: MEMORY,
+            generation: 1,
+            run: 1,
+            pace: Pace::Fixed(Duration::from_millis(50)),
+            timeout: TIMEOUT,
+            depth: 4,
+            encoding: Encoding {
+                encoders: 1,
+                cache_bytes: MEMORY as usize,
+                raw: false,
+            },
+            copy_in_pause: false,
+            disks: list,
+        };
+        let guest = Watched {
+            qmp,
+            image: at("a.img"),
+            sums: Arc::clone(&sums),
+        };
+        Self {
+            model: Model::new(Arc::new(move |_| fs::read(&ram).unwrap())),
+            first,
+            sums,
+            guest: Some(guest),
+            plan,
+            disks: Some(disks),
+            dir,
+        }
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn parts(&mut self, stop: &Arc<AtomicBool>) -> Parts {
+        Parts {
+            guest: Box::new(self.guest.take().unwrap()),
+            sealer: Box::new(self.model.clone()),
+            committer: Box::new(self.model.clone()),
+            pages: Box::new(self.model.clone()),
+            disks: self.disks.take(),
+            hearing: None,
+            report: Report::default(),
+            orders: channel().1,
+            stop: Arc::clone(stop),
+        }
+    }
+
+    fn store(&self, durability: Durability, bound: u64) -> Store {
+        let spec = Spec {
+            name: "root".into(),
+            path: self.at("b.img"),
+            format: Format::Raw,
+        };
+        Store::open(&[spec], &self.at("b.journal"), durability, bound).unwrap()
+    }
+
+    fn commits(&self) -> usize {
+        lock(&self.model.book).commits.len()
+    }
+}
+
+/// Serves the callers that come until one is dead or says good-bye; `lost` is called when a connection is
+/// lost, with the epoch that is held.
+fn stand_by(
+    callers: &Callers,
+    ram: &Path,
+    store: &Store,
+    lost: &dyn Fn(u64),
+) -> (Held, Option<Lost>) {
+    let offer = Offer {
+        domain: "count".into(),
+        memory: MEMORY,
+        timeout: TIMEOUT,
+    };
+    let (mut held, mut image) = (Held::default(), Ram::open(ram).unwrap());
+    let mut next = None;
+    loop {
+        let caller = match next.take() {
+            Some(caller) => caller,
+            None => Box::new(callers.next(LONG).expect("nobody calls").0),
+        };
+        let mut parts = standby::Parts {
+            callers,
+            image: &mut image,
+            disks: Some(store),
+            machine: &mut Patient,
+            report: &Report::default(),
+            stop: &AtomicBool::new(false),
+            tick: &|| {},
+        };
+        match serve(*caller, &offer, &mut held, &mut parts) {
+            standby::End::Lost(now) if now.given_up => return (held, Some(now)),
+            standby::End::Lost(mut now) => {
+                lost(held.epoch);
+                next = now.again.take();
+            }
+            standby::End::Bye(_) => return (held, None),
+            standby::End::Other(caller) => {
+                // It had nothing whole yet.
+                assert_eq!(held.epoch, 0);
+                held = Held::default();
+                next = Some(caller);
+            }
+            standby::End::Refused(e) => panic!("refused: {e:#}"),
+            standby::End::Failed(e) => panic!("failed: {e:#}"),
+            standby::End::Asked | standby::End::Handover(_) => panic!("not asked for"),
+        }
+    }
+}
+
+fn callers() -> (Callers, SocketAddr) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let callers = Callers::open(listener, Way::Plain, Limits::default(), Caller::meet).unwrap();
+    (callers, address)
+}
+
+fn channel_to(address: SocketAddr) -> Result<(Channel, TcpStream)> {
+    let stream = TcpStream::connect(address)?;
+    let other = stream.try_clone()?;
+    Ok((Channel::connect(stream, &Way::Plain, TIMEOUT)?, other))
+}
+
+/// The image at `epoch` is what the primary's was when that was sealed.
+fn same_disk(model: &Model, sums: &Sums, epoch: u64, store: &Store) {
+    let nth = lock(&model.book).saves[&epoch];
+    let image = store.checksum().unwrap();
+    assert_eq!(
+        image[0].as_slice(),
+        lock(sums)[nth],
+        "the disk of epoch {epoch}"
+    );
+    assert_eq!(store.whole().map(|stamp| stamp.epoch), Some(epoch));
+}
+
+#[test]
+fn disk_survives_its_host() {
+    let mut scene = Scene::new(64 << 20);
+    let (ram, image) = (scene.at("b.ram"), scene.at("b.img"));
+    let waiting = with_disk(&ram, &scene.at("floppy"), &scene.at("b.qmp"), &image);
+    let (mut vmm, mut successor) =
+        Vmm::start(&waiting, &scene.at("b.qmp"), &scene.at("b.log")).unwrap();
+    let store = scene.store(Durability::Memory, 64 << 20);
+    let (callers, address) = callers();
+    let of = ram.clone();
+    let receiving = thread::spawn(move || {
+        let (held, lost) = stand_by(&callers, &of, &store, &|_| {});
+        (held, lost, store)
+    });
+    let mut connect = move || channel_to(address).map(|(channel, _)| channel);
+    let link = introduce(&scene.plan, &mut connect).unwrap();
+    let mut parts = scene.parts(&Arc::default());
+    let (plan, mut pace) = (scene.plan.clone(), scene.plan.pace);
+    let protecting = thread::spawn(move || protect::run(&plan, &mut parts, link, &mut pace));
+    until("20 commits", LONG, || scene.commits() >= 20);
+    scene.first.0.kill().unwrap();
+    let primary = protecting.join().unwrap();
+    assert!(matches!(primary, protect::End::Failed(_)), "{primary}");
+
+    let (held, lost, store) = receiving.join().unwrap();
+    same_disk(&scene.model, &scene.sums, held.epoch, &store);
+    let (at, before) = (counter(&ram), sum(&image));
+    let heard = lost.unwrap().heard;
+    let report = Report::default();
+    take_over(&mut successor, &held, Some(store), heard, &report).unwrap();
+    until("the guest to write to its disk again", LONG, || {
+        counter(&ram) > at && sum(&image) != before
+    });
+    assert!(vmm.ended().unwrap().is_none());
+}
+
+/// Runs a guest whose connection is lost `cuts` times at random moments, for `away`, and compares its disk
+/// each time.
+fn comes_back(cuts: usize, bound: u64, durability: Durability, away: Duration) {
+    let mut scene = Scene::new(bound);
+    let store = Arc::new(scene.store(durability, bound));
+    let (callers, address) = callers();
+    let (ram, model, sums) = (scene.at("b.ram"), scene.model.clone(), Arc::clone(&scene.sums));
+    let held = Arc::clone(&store);
+    let compared = Arc::new(Mutex::new(BTreeMap::new()));
+    let seen = Arc::clone(&compared);
+    let receiving = thread::spawn(move || {
+        stand_by(&callers, &ram, &held, &|epoch| {
+            // While a copy is under way nothing is whole.
+            if epoch > 0 && held.whole().is_some() {
+                same_disk(&model, &sums, epoch, &held);
+                *lock(&seen).entry(epoch).or_insert(0) += 1;
+            }
+        })
+    });
+    let streams: Arc<Mutex<Vec<TcpStream>>> = Arc::default();
+    let (kept, gone) = (Arc::clone(&streams), Arc::new(AtomicBool::new(false)));
+    let away_now = Arc::clone(&gone);
+    let mut connect = move || {
+        if away_now.load(Ordering::SeqCst) {
+            anyhow::bail!("the link is down");
+        }
+        let (channel, stream) = channel_to(address)?;
+        lock(&kept).push(stream);
+        Ok(channel)
+    };
+    let link = introduce(&scene.plan, &mut connect).unwrap();
+    let stop = Arc::<AtomicBool>::default();
+    let mut parts = scene.parts(&stop);
+    let plan = scene.plan.clone();
+    let protecting =
+        thread::spawn(move || keep(&plan, &mut parts, &mut connect, link, Loss::Hold));
+    let mut random = Random(0x5eed);
+    for cut in 0..cuts {
+        let target = scene.commits() + 2 + random.below(8);
+        until("commits", LONG, || scene.commits() >= target);
+        gone.store(true, Ordering::SeqCst);
+        // One of the three streams, or all.
+        let mut streams = lock(&streams);
+        let count = streams.len();
+        for (n, stream) in streams.drain(..).enumerate() {
+            if cut % 4 == 3 || n + 3 == count + cut % 4 {
+                let _ = stream.shutdown(std::net::Shutdown::Both);
+            }
+        }
+        drop(streams);
+        thread::sleep(away);
+        gone.store(false, Ordering::SeqCst);
+    }
+    let target = scene.commits() + 3;
+    until("commits at the end", LONG, || scene.commits() >= target);
+    stop.store(true, Ordering::SeqCst);
+    let end = protecting.join().unwrap();
+    assert!(matches!(end, protect::End::Asked), "{end}");
+    let (held, _) = receiving.join().unwrap();
+    same_disk(&scene.model, &scene.sums, held.epoch, &store);
+    let compared = lock(&compared);
+    assert!(!compared.is_empty());
+    eprintln!("disks compared at epochs {:?}", compared.keys());
+}
+
+#[test]
+fn disk_after_lost_connections() {
+    comes_back(8, 64 << 20, Durability::Disk, Duration::ZERO);
+}
+
+/// The guest writes more than is held, so QEMU has to note what it was, and copy it later.
+#[test]
+fn disk_after_a_long_loss() {
+    comes_back(2, 1 << 16, Durability::Memory, Duration::from_millis(700));
+}
