@@ -58,7 +58,9 @@ fn sum(chunk: &[u8]) -> Sum {
     let mut sum = Sum::default();
     let digest = digest(&SHA256, chunk);
     // As long as the shorter one.
-    sum.iter_mut().zip(digest.as_ref()).for_each(|(to, from)| *to = *from);
+    sum.iter_mut()
+        .zip(digest.as_ref())
+        .for_each(|(to, from)| *to = *from);
     sum
 }
 
