@@ -186,7 +186,7 @@ fn corpus(random: &mut Random) -> Vec<(Kind, Vec<u8>)> {
 }
 
 /// Of the disk stream.
-fn disks() -> [(Kind, Vec<u8>); 3] {
+fn disks() -> Vec<(Kind, Vec<u8>)> {
     let disks = Disks {
         token: 77,
         disks: vec![("root".into(), 1 << 30), ("data".into(), 12345)],
@@ -196,6 +196,11 @@ fn disks() -> [(Kind, Vec<u8>); 3] {
         first: 16,
         sums: vec![[9; 16]; 5],
     };
+    let mut corpus = vec![
+        (Kind::AttachDisks, disks.encode().unwrap()),
+        (Kind::DiskSums, sums.encode().unwrap()),
+    ];
+    // One change, two, all.
     let mut changes = Vec::new();
     for (offset, change) in [
         (0, Change::Write(b"a sector")),
@@ -208,12 +213,9 @@ fn disks() -> [(Kind, Vec<u8>); 3] {
             change,
         };
         record.encode(&mut changes);
+        corpus.push((Kind::DiskChanges, changes.clone()));
     }
-    [
-        (Kind::AttachDisks, disks.encode().unwrap()),
-        (Kind::DiskSums, sums.encode().unwrap()),
-        (Kind::DiskChanges, changes),
-    ]
+    corpus
 }
 
 /// Changes some bytes of `input`.
@@ -247,10 +249,10 @@ fn mutate(random: &mut Random, input: &mut Vec<u8>, other: &[u8]) {
 /// The input of a run.
 fn input(seed: u64, run: u64, corpus: &[(Kind, Vec<u8>)]) -> Vec<u8> {
     let mut random = Random::new(seed ^ run.wrapping_mul(0xd134_2543_de82_ef95));
-    // Two of three are pages.
+    // Most are pages or changes of disks.
     let mut pick = || loop {
         let (kind, payload) = &corpus[random.below(corpus.len())];
-        if *kind == Kind::Pages || random.below(3) == 0 {
+        if matches!(kind, Kind::Pages | Kind::DiskChanges) || random.below(3) == 0 {
             return (*kind, payload.clone());
         }
     };
