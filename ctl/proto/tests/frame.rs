@@ -10,7 +10,7 @@ use remus_core::uapi::NAME_MAX;
 use remus_proto::frame::*;
 
 fn kind() -> impl Strategy<Value = Kind> {
-    (1u16..15).prop_map(|n| Kind::from_u16(n).unwrap())
+    (1u16..=20).prop_map(|n| Kind::from_u16(n).unwrap())
 }
 
 /// Reads a frame as the receivers do.
@@ -198,6 +198,7 @@ fn limits() {
         assert_eq!(read(&other), Err(error));
     }
     assert_eq!(Kind::from_u16(0), None);
+    assert_eq!(Kind::from_u16(21), None);
     let name = "n".repeat(NAME_MAX + 1);
     let hello = Hello {
         memory: 0,

@@ -16,6 +16,7 @@ mod common;
 use common::{Memory, Random};
 use remus_core::uapi::ram::{PAGE_SIZE, RECORD_SIZE};
 use remus_proto::delta;
+use remus_proto::disk::{Change, Disks, Record, Sums};
 use remus_proto::frame::*;
 use remus_proto::pages::{apply, check, ApplyError, Counts, Encoder, Options, Scratch, Share};
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -31,6 +32,7 @@ struct Seen {
     payloads: u64,
     entries: u64,
     refused: u64,
+    changes: u64,
 }
 
 /// Decodes `data` in all ways there are. Panics if something is wrong with how that went.
@@ -76,6 +78,20 @@ fn payload(data: &[u8], seen: &mut Seen) {
         Ok(records) => assert_eq!(records.count() * RECORD_SIZE, data.len()),
         Err(_) => assert_ne!(data.len() % RECORD_SIZE, 0),
     }
+    if let Ok(disks) = Disks::decode(data) {
+        assert_eq!(disks.encode().unwrap(), data);
+    }
+    if let Ok(sums) = Sums::decode(data) {
+        // More than is sent at once fits nowhere else.
+        assert!(sums.sums.len() > Sums::MAX || sums.encode().unwrap() == data);
+    }
+    let mut rest = data;
+    let mut again = Vec::new();
+    while let Ok(record) = Record::decode(&mut rest) {
+        record.encode(&mut again);
+        seen.changes += 1;
+    }
+    assert_eq!([&again, rest].concat(), data);
     let _ = delta::apply(data, &mut [0; PAGE_SIZE]);
     // Some of what comes is on the edge of the memory.
     for limit in [PAGES, PAGES / 2] {
@@ -124,6 +140,7 @@ fn corpus(random: &mut Random) -> Vec<(Kind, Vec<u8>)> {
         (Kind::Bye, b"maintenance".to_vec()),
         (Kind::Pages, Vec::new()),
     ];
+    corpus.extend(disks());
     // Pages of every kind, alone and together.
     let mut memory = Memory((0..PAGES).map(|_| random.page()).collect());
     let mut encoder = Encoder::new(Options {
@@ -168,6 +185,39 @@ fn corpus(random: &mut Random) -> Vec<(Kind, Vec<u8>)> {
     corpus
 }
 
+/// Of the disk stream.
+fn disks() -> Vec<(Kind, Vec<u8>)> {
+    let disks = Disks {
+        token: 77,
+        disks: vec![("root".into(), 1 << 30), ("data".into(), 12345)],
+    };
+    let sums = Sums {
+        disk: 1,
+        first: 16,
+        sums: vec![[9; 16]; 5],
+    };
+    let mut corpus = vec![
+        (Kind::AttachDisks, disks.encode().unwrap()),
+        (Kind::DiskSums, sums.encode().unwrap()),
+    ];
+    // One change, two, all.
+    let mut changes = Vec::new();
+    for (offset, change) in [
+        (0, Change::Write(b"a sector")),
+        (1 << 20, Change::Zero(4096)),
+        (512, Change::Discard(1 << 16)),
+    ] {
+        let record = Record {
+            disk: 1,
+            offset,
+            change,
+        };
+        record.encode(&mut changes);
+        corpus.push((Kind::DiskChanges, changes.clone()));
+    }
+    corpus
+}
+
 /// Changes some bytes of `input`.
 fn mutate(random: &mut Random, input: &mut Vec<u8>, other: &[u8]) {
     const ODD: [u8; 10] = [0, 1, 2, 3, 4, 0x0f, 0x7f, 0x80, 0xf0, 0xff];
@@ -199,10 +249,10 @@ fn mutate(random: &mut Random, input: &mut Vec<u8>, other: &[u8]) {
 /// The input of a run.
 fn input(seed: u64, run: u64, corpus: &[(Kind, Vec<u8>)]) -> Vec<u8> {
     let mut random = Random::new(seed ^ run.wrapping_mul(0xd134_2543_de82_ef95));
-    // Two of three are pages.
+    // Most are pages or changes of disks.
     let mut pick = || loop {
         let (kind, payload) = &corpus[random.below(corpus.len())];
-        if *kind == Kind::Pages || random.below(3) == 0 {
+        if matches!(kind, Kind::Pages | Kind::DiskChanges) || random.below(3) == 0 {
             return (*kind, payload.clone());
         }
     };
@@ -268,5 +318,6 @@ fn fuzz() {
         assert!(seen.payloads > runs / 20, "{seen:?}");
         assert!(seen.entries > runs / 10, "{seen:?}");
         assert!(seen.refused > runs / 4, "{seen:?}");
+        assert!(seen.changes > runs / 20, "{seen:?}");
     }
 }

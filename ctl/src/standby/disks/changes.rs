@@ -16,7 +16,8 @@ use crate::peer::stream::lock;
 /// The records of a payload.
 fn each(mut payload: &[u8], mut what: impl FnMut(Record<'_>) -> Result<()>) -> Result<()> {
     while !payload.is_empty() {
-        let record = Record::decode(&mut payload).context("a payload of disk changes is damaged")?;
+        let record =
+            Record::decode(&mut payload).context("a payload of disk changes is damaged")?;
         what(record)?;
     }
     Ok(())
@@ -54,11 +55,7 @@ pub(super) fn writes(payload: &[u8], extents: &mut Vec<Extent>) -> Result<()> {
 }
 
 /// Writes `payload`, which was checked, to the images.
-pub(super) fn write(
-    payload: &[u8],
-    images: &[Image],
-    promises: &Mutex<Promises>,
-) -> Result<()> {
+pub(super) fn write(payload: &[u8], images: &[Image], promises: &Mutex<Promises>) -> Result<()> {
     each(payload, |record| {
         let disk = usize::from(record.disk);
         let image = images.get(disk).context("a change of no disk")?;
@@ -68,10 +65,12 @@ pub(super) fn write(
                 // Space that was promised to what comes later stays.
                 let promises = lock(promises);
                 let pieces = promises.split(disk, range(&record));
-                pieces.into_iter().try_for_each(|(piece, promised)| match promised {
-                    true => zeros(image.medium.as_ref(), piece),
-                    false => image.medium.clear(piece),
-                })
+                pieces
+                    .into_iter()
+                    .try_for_each(|(piece, promised)| match promised {
+                        true => zeros(image.medium.as_ref(), piece),
+                        false => image.medium.clear(piece),
+                    })
             }
         };
         done.with_context(|| format!("cannot write to the image of {}", image.name))

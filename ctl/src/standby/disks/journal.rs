@@ -249,7 +249,11 @@ impl Journal {
 
     /// Leaves out the records of epochs up to `applied`, which are in the synced images.
     pub(super) fn shorten(&mut self, applied: u64, content: Content) -> Result<()> {
-        while self.waiting.front().is_some_and(|(epoch, _)| *epoch <= applied) {
+        while self
+            .waiting
+            .front()
+            .is_some_and(|(epoch, _)| *epoch <= applied)
+        {
             self.waiting.pop_front();
         }
         let start = self.waiting.front().map_or(self.end, |(_, at)| *at);
@@ -267,7 +271,9 @@ impl Journal {
 
     /// Whether there is a record of an epoch after `applied`.
     pub(super) fn has_after(&self, applied: u64) -> bool {
-        self.waiting.back().is_some_and(|(epoch, _)| *epoch > applied)
+        self.waiting
+            .back()
+            .is_some_and(|(epoch, _)| *epoch > applied)
     }
 
     /// Begins anew with room for `capacity` bytes of records, once what was recovered is in the images.

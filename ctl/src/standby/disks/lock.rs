@@ -33,14 +33,24 @@ fn range(kind: libc::c_int, start: libc::off_t) -> libc::flock {
 /// Locks an image as one does who writes to it alone. Fails if another process uses it.
 pub(super) fn lock(file: &File, path: &Path) -> Result<()> {
     // First to hold, then to look: of two that come at once, at least one sees the other.
-    for start in [USED + READ, USED + WRITE, UNSHARED + WRITE, UNSHARED + RESIZE] {
+    for start in [
+        USED + READ,
+        USED + WRITE,
+        UNSHARED + WRITE,
+        UNSHARED + RESIZE,
+    ] {
         match fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_RDLCK, start))) {
             Ok(_) => {}
             Err(Errno::EAGAIN | Errno::EACCES) => return used(path),
             Err(e) => return Err(e).with_context(|| format!("cannot lock {}", path.display())),
         }
     }
-    for start in [UNSHARED + READ, UNSHARED + WRITE, USED + WRITE, USED + RESIZE] {
+    for start in [
+        UNSHARED + READ,
+        UNSHARED + WRITE,
+        USED + WRITE,
+        USED + RESIZE,
+    ] {
         let mut other = range(libc::F_WRLCK, start);
         fcntl(file, FcntlArg::F_OFD_GETLK(&mut other))
             .with_context(|| format!("cannot look for locks of {}", path.display()))?;

@@ -92,7 +92,7 @@ impl Medium for Plain {
 
 /// Writes zeros.
 pub(super) fn zeros(medium: &dyn Medium, range: Range<u64>) -> io::Result<()> {
-    const ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+    static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
     let mut at = range.start;
     while at < range.end {
         let length = (range.end - at).min(ZEROS.len() as u64);

@@ -21,6 +21,8 @@
 //! One thread may stage and seal while another applies. Locks are taken in the order of the fields of
 //! [`Store`].
 
+#![allow(dead_code)]
+
 mod changes;
 mod header;
 mod image;
@@ -123,6 +125,8 @@ impl Store {
     /// (`disk_buffer`): twice that is accepted, as what is counted there may be less by the heads of
     /// records and by the change that was let in last.
     ///
+    /// A qcow2 image can be used until the thread that called this ends.
+    ///
     /// Fails if an image is missing or in use, or if the journal is damaged or of other disks.
     pub fn open(
         specs: &[Spec],
@@ -131,7 +135,10 @@ impl Store {
         bound: u64,
     ) -> Result<Self> {
         if specs.len() > DISKS_MAX {
-            bail!("a guest can have {DISKS_MAX} disks, this one has {}", specs.len());
+            bail!(
+                "a guest can have {DISKS_MAX} disks, this one has {}",
+                specs.len()
+            );
         }
         let images = specs
             .iter()
@@ -302,7 +309,10 @@ impl Store {
         let _sealing = lock(&self.sealing);
         let mut state = self.state()?;
         if epoch <= state.newest {
-            bail!("epoch {epoch} of the disks comes after epoch {}", state.newest);
+            bail!(
+                "epoch {epoch} of the disks comes after epoch {}",
+                state.newest
+            );
         }
         if state.content == Content::Unknown {
             bail!("epoch {epoch} of the disks comes without a first copy");
@@ -505,7 +515,12 @@ fn beside(path: &Path, end: &str) -> PathBuf {
 /// Opens a journal's file. It holds what a guest has on its disks, so it is for nobody else to read.
 fn open(path: &Path, new: bool) -> Result<Plain> {
     let mut options = OpenOptions::new();
-    options.read(true).write(true).create(new).truncate(new).mode(0o600);
+    options
+        .read(true)
+        .write(true)
+        .create(new)
+        .truncate(new)
+        .mode(0o600);
     Ok(Plain {
         file: options.open(path)?,
         room: Some(path.to_owned()),
@@ -522,5 +537,7 @@ fn create(path: &Path, disks: &[(String, u64)]) -> Result<()> {
         File::open(folder.unwrap_or(Path::new(".")))?.sync_all()?;
         Ok(())
     })();
-    made.map_err(|e: anyhow::Error| e.context(format!("cannot create the journal {}", path.display())))
+    made.map_err(|e: anyhow::Error| {
+        e.context(format!("cannot create the journal {}", path.display()))
+    })
 }

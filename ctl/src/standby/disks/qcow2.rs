@@ -2,9 +2,10 @@
 
 //! The content of a qcow2 image as a file: a `qemu-storage-daemon` of QEMU shows it through FUSE.
 
-use std::fs::{self, File};
+use std::fs::{self, OpenOptions};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -34,7 +35,10 @@ impl Export {
             unmount(mount, UnmountFlags::DETACH)
                 .with_context(|| format!("cannot unmount {}", mount.display()))?;
         }
-        let below = File::create(mount)
+        let below = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(mount)
             .and_then(|file| file.metadata())
             .with_context(|| format!("cannot create {}", mount.display()))?;
         let image = json!({
@@ -53,6 +57,8 @@ impl Export {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
+            // Not in the terminal's group: it has to outlive what ends this process, for a moment.
+            .process_group(0)
             .spawn()
             .context("cannot start setpriv: install util-linux")?;
         let mut export = Self {

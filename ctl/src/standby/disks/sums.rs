@@ -13,7 +13,14 @@ use super::image::Image;
 /// The SHA-256 of a whole disk.
 pub type Whole = [u8; 32];
 
-/// Chunks of an image, one after the other; those of zeros in a hole as nothing.
+/// A chunk of an image.
+struct Chunk<'a> {
+    length: usize,
+    /// What it holds; nothing if it is zeros in a hole.
+    data: Option<&'a [u8]>,
+}
+
+/// Chunks of an image, one after the other.
 struct Chunks<'a> {
     image: &'a Image,
     at: u64,
@@ -32,8 +39,7 @@ impl<'a> Chunks<'a> {
         }
     }
 
-    /// The length of the next chunk and what it holds.
-    fn next(&mut self) -> Result<Option<(usize, Option<&[u8]>)>> {
+    fn next(&mut self) -> Result<Option<Chunk<'_>>> {
         let (start, end) = (self.at, (self.at + CHUNK as u64).min(self.image.size));
         if start == end {
             return Ok(None);
@@ -46,11 +52,14 @@ impl<'a> Chunks<'a> {
             self.data = self.image.medium.data(from).with_context(failed)?;
         }
         if self.data.as_ref().is_none_or(|data| data.start >= end) {
-            return Ok(Some((length, None)));
+            return Ok(Some(Chunk { length, data: None }));
         }
         let chunk = &mut self.buffer[..length];
         self.image.medium.read(chunk, start).with_context(failed)?;
-        Ok(Some((length, Some(chunk))))
+        Ok(Some(Chunk {
+            length,
+            data: Some(chunk),
+        }))
     }
 }
 
@@ -58,7 +67,9 @@ fn sum(chunk: &[u8]) -> Sum {
     let mut sum = Sum::default();
     let digest = digest(&SHA256, chunk);
     // As long as the shorter one.
-    sum.iter_mut().zip(digest.as_ref()).for_each(|(to, from)| *to = *from);
+    sum.iter_mut()
+        .zip(digest.as_ref())
+        .for_each(|(to, from)| *to = *from);
     sum
 }
 
@@ -75,9 +86,9 @@ pub(super) fn send(
         first: 0,
         sums: Vec::new(),
     };
-    while let Some((length, chunk)) = chunks.next()? {
-        batch.sums.push(match chunk {
-            Some(chunk) => sum(chunk),
+    while let Some(Chunk { length, data }) = chunks.next()? {
+        batch.sums.push(match data {
+            Some(data) => sum(data),
             None if length == CHUNK => zeros,
             None => sum(&vec![0; length]),
         });
@@ -98,11 +109,11 @@ pub(super) fn send(
 
 /// The sum of all of an image.
 pub(super) fn whole(image: &Image) -> Result<Whole> {
-    const ZEROS: [u8; CHUNK] = [0; CHUNK];
+    static ZEROS: [u8; CHUNK] = [0; CHUNK];
     let mut hash = Hash::new(&SHA256);
     let mut chunks = Chunks::new(image);
-    while let Some((length, chunk)) = chunks.next()? {
-        hash.update(chunk.unwrap_or(&ZEROS[..length]));
+    while let Some(Chunk { length, data }) = chunks.next()? {
+        hash.update(data.unwrap_or(&ZEROS[..length]));
     }
     let mut sum = Whole::default();
     sum.copy_from_slice(hash.finish().as_ref());

@@ -69,7 +69,9 @@ fn applies_until_killed() {
     println!("\nopened");
     if store.whole().is_none() {
         store.begin_copy(1, 1).unwrap();
-        store.copy(&changes(&mut random, &mut content, 9, 9000)).unwrap();
+        store
+            .copy(&changes(&mut random, &mut content, 9, 9000))
+            .unwrap();
     }
     let say = |epoch: u64, when: Durability| {
         if durability == when {
@@ -87,7 +89,9 @@ fn applies_until_killed() {
         loop {
             epoch += 1;
             for _ in 0..random.below(4) {
-                store.stage(changes(&mut random, &mut content, 3, 2000)).unwrap();
+                store
+                    .stage(changes(&mut random, &mut content, 3, 2000))
+                    .unwrap();
             }
             let line = format!("{epoch} {}\n", sums(&content));
             record.write_all(line.as_bytes()).unwrap();
@@ -109,11 +113,17 @@ fn kill(durability: Durability, kills: usize) -> u64 {
     let mut last = 0;
     for round in 0..kills {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "standby::disks::tests::crashes::applies_until_killed"])
+            .args([
+                "--exact",
+                "standby::disks::tests::crashes::applies_until_killed",
+            ])
             .args(["--ignored", "--nocapture"])
             .env("REMUS_TEST_DISKS", folder.path())
             .env("REMUS_SEED", random.next().to_string())
-            .env("REMUS_TEST_DURABILITY", format!("{durability:?}").to_lowercase())
+            .env(
+                "REMUS_TEST_DURABILITY",
+                format!("{durability:?}").to_lowercase(),
+            )
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();

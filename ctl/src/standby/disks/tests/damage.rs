@@ -21,7 +21,9 @@ fn died(durability: Durability, after: u64) -> (World, BTreeMap<u64, Content>) {
     store.begin_copy(1, 1).unwrap();
     world.die_after(Some(after));
     for epoch in 1..9 {
-        store.stage(changes(&mut random, &mut content, 3, 150)).unwrap();
+        store
+            .stage(changes(&mut random, &mut content, 3, 150))
+            .unwrap();
         epochs.insert(epoch, content.clone());
         // Two are sealed at a time.
         let apply = epoch % 2 == 0;
@@ -65,7 +67,11 @@ fn every_byte() {
         });
         // Nearly all of the rest is zeros that nothing is in.
         let bytes = (0..=end).filter(|at| {
-            let rest = if *at < header::SIZE * 2 { at % header::SIZE } else { at % 4096 };
+            let rest = if *at < header::SIZE * 2 {
+                at % header::SIZE
+            } else {
+                at % 4096
+            };
             rest < 600 || at % 97 == 0 || rest >= header::SIZE - 8
         });
         let (mut refused, mut all) = (0, 0);
@@ -88,7 +94,11 @@ fn at_any_time() {
             let size = world.journal(|bytes| bytes.len()) as u64;
             for _ in 0..10 {
                 let at = random.below(size.min(RECORDS + 9 * 4096));
-                let at = if random.below(2) == 0 { at } else { at / 4096 * 4096 + at % 300 };
+                let at = if random.below(2) == 0 {
+                    at
+                } else {
+                    at / 4096 * 4096 + at % 300
+                };
                 let at = at.min(size - 1) as usize;
                 damaged(&world, &epochs, at, random.below(8));
             }

@@ -15,7 +15,12 @@ use super::{changes, raw, read, Content, Random};
 const BOUND: u64 = 1 << 20;
 
 fn open(specs: &[Spec], folder: &Path) -> anyhow::Result<Store> {
-    Store::open(specs, &folder.join("guest.journal"), Durability::Disk, BOUND)
+    Store::open(
+        specs,
+        &folder.join("guest.journal"),
+        Durability::Disk,
+        BOUND,
+    )
 }
 
 /// Why it is refused.
@@ -39,19 +44,40 @@ fn images_that_do_not_fit() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     let specs = raw(folder, &[1 << 20, 70_000]);
-    let missing = [specs[0].clone(), Spec { path: folder.join("x.img"), ..specs[1].clone() }];
+    let missing = [
+        specs[0].clone(),
+        Spec {
+            path: folder.join("x.img"),
+            ..specs[1].clone()
+        },
+    ];
     let why = refused(&missing, folder);
-    assert!(why.contains("qemu-img create -f raw") && why.contains("x.img"), "{why}");
-    let twice = [specs[0].clone(), Spec { name: "again".into(), ..specs[0].clone() }];
+    assert!(
+        why.contains("qemu-img create -f raw") && why.contains("x.img"),
+        "{why}"
+    );
+    let twice = [
+        specs[0].clone(),
+        Spec {
+            name: "again".into(),
+            ..specs[0].clone()
+        },
+    ];
     assert!(refused(&twice, folder).contains("in use"));
 
     let store = open(&specs, folder).unwrap();
     assert!(refused(&specs, folder).contains("in use"));
-    assert_eq!(store.sizes(), [("d0".into(), 1 << 20), ("d1".into(), 70_000)]);
+    assert_eq!(
+        store.sizes(),
+        [("d0".into(), 1 << 20), ("d1".into(), 70_000)]
+    );
     store.check(&store.sizes()).unwrap();
     let larger = [("d0".into(), 1 << 21), ("d1".into(), 70_000)];
     let why = store.check(&larger).unwrap_err().to_string();
-    assert!(why.contains("qemu-img create -f FORMAT PATH 2097152"), "{why}");
+    assert!(
+        why.contains("qemu-img create -f FORMAT PATH 2097152"),
+        "{why}"
+    );
     let other = [("d1".into(), 70_000), ("d0".into(), 1 << 20)];
     let why = store.check(&other).unwrap_err().to_string();
     assert!(why.contains("same order"), "{why}");
@@ -61,9 +87,20 @@ fn images_that_do_not_fit() {
     // The journal is of other disks, by number, name or size.
     let why = refused(&specs[..1], folder);
     assert!(why.contains("is of other disks"), "{why}");
-    let named = [Spec { name: "new".into(), ..specs[0].clone() }, specs[1].clone()];
+    let named = [
+        Spec {
+            name: "new".into(),
+            ..specs[0].clone()
+        },
+        specs[1].clone(),
+    ];
     assert!(refused(&named, folder).contains("is of other disks"));
-    File::options().write(true).open(&specs[0].path).unwrap().set_len(4096).unwrap();
+    File::options()
+        .write(true)
+        .open(&specs[0].path)
+        .unwrap()
+        .set_len(4096)
+        .unwrap();
     assert!(refused(&specs, folder).contains("is of other disks"));
     let journal = folder.join("guest.journal");
     for rubbish in [vec![], vec![0; 100], vec![0x55; 100_000]] {
@@ -85,14 +122,21 @@ fn from_the_first_copy_on() {
     assert!(store.seal(1).is_err(), "without a first copy");
     assert!(store.copy(&one(0, 0, Change::Zero(1))).is_err());
     store.begin_copy(5, 2).unwrap();
-    store.copy(&changes(&mut random, &mut content, 20, 9000)).unwrap();
+    store
+        .copy(&changes(&mut random, &mut content, 20, 9000))
+        .unwrap();
     assert_eq!((store.whole(), store.sealed()), (None, 0));
     assert!(store.apply(4).is_err());
-    store.stage(changes(&mut random, &mut content, 20, 9000)).unwrap();
+    store
+        .stage(changes(&mut random, &mut content, 20, 9000))
+        .unwrap();
     assert!(!store.wait_sealed(4, Duration::ZERO));
     store.seal(4).unwrap();
     assert!(store.wait_sealed(4, Duration::ZERO));
-    assert!(store.copy(&one(0, 0, Change::Zero(1))).is_err(), "the copy is over");
+    assert!(
+        store.copy(&one(0, 0, Change::Zero(1))).is_err(),
+        "the copy is over"
+    );
     assert!(store.seal(4).is_err(), "it is sealed");
     assert_eq!((store.whole(), store.sealed()), (None, 4));
     assert!(store.held() > 0);
@@ -109,9 +153,13 @@ fn from_the_first_copy_on() {
 
     // What is thrown away is not in the journal either.
     let mut never = content.clone();
-    store.stage(changes(&mut random, &mut never, 20, 9000)).unwrap();
+    store
+        .stage(changes(&mut random, &mut never, 20, 9000))
+        .unwrap();
     store.seal(5).unwrap();
-    store.stage(changes(&mut random, &mut never, 20, 9000)).unwrap();
+    store
+        .stage(changes(&mut random, &mut never, 20, 9000))
+        .unwrap();
     store.discard().unwrap();
     assert_eq!((store.held(), store.sealed()), (0, 4));
     drop(store);
@@ -120,14 +168,21 @@ fn from_the_first_copy_on() {
     assert!(read(&specs) == content);
 
     // What is sealed, but not applied, is not lost with this process.
-    store.stage(changes(&mut random, &mut content, 20, 9000)).unwrap();
+    store
+        .stage(changes(&mut random, &mut content, 20, 9000))
+        .unwrap();
     store.seal(7).unwrap();
     drop(store);
     let store = open(&specs, folder).unwrap();
     assert_eq!(store.whole(), whole(7));
     assert!(read(&specs) == content);
     let sums: Vec<_> = content.iter().map(|disk| digest(&SHA256, disk)).collect();
-    let same = store.checksum().unwrap().iter().zip(&sums).all(|(a, b)| a == b.as_ref());
+    let same = store
+        .checksum()
+        .unwrap()
+        .iter()
+        .zip(&sums)
+        .all(|(a, b)| a == b.as_ref());
     assert!(same);
     store.close().unwrap();
     let store = open(&specs, folder).unwrap();
@@ -180,9 +235,15 @@ fn sums_of_data_and_holes() {
     let store = open(&specs, folder).unwrap();
     store.begin_copy(1, 1).unwrap();
     let far = Sums::MAX as u64 + 7;
-    store.copy(&one(0, far * CHUNK as u64 + 9, Change::Write(b"far"))).unwrap();
-    store.copy(&one(1, CHUNK as u64, Change::Write(&[7; CHUNK]))).unwrap();
-    store.copy(&one(1, CHUNK as u64 + 4096, Change::Discard(8192))).unwrap();
+    store
+        .copy(&one(0, far * CHUNK as u64 + 9, Change::Write(b"far")))
+        .unwrap();
+    store
+        .copy(&one(1, CHUNK as u64, Change::Write(&[7; CHUNK])))
+        .unwrap();
+    store
+        .copy(&one(1, CHUNK as u64 + 4096, Change::Discard(8192)))
+        .unwrap();
     let mut all = vec![Vec::new(); 2];
     let mut add = |sums: Sums| {
         let of = &mut all[usize::from(sums.disk)];
@@ -198,7 +259,14 @@ fn sums_of_data_and_holes() {
     chunk[9..12].copy_from_slice(b"far");
     assert_eq!(all[0].len() as u64, chunks);
     for (n, sum) in all[0].iter().enumerate() {
-        assert!(sum[..] == if n as u64 == far { first_half(&chunk) } else { zeros.clone() });
+        assert!(
+            sum[..]
+                == if n as u64 == far {
+                    first_half(&chunk)
+                } else {
+                    zeros.clone()
+                }
+        );
     }
     let content: Content = read(&specs[1..]);
     let want: Vec<_> = content[0].chunks(CHUNK).map(first_half).collect();
