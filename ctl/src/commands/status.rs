@@ -345,6 +345,7 @@ pub(crate) mod tests {
                 pages_total: 200,
                 bytes_per_s: 1e6,
                 seconds_left: Some(7.2),
+                ..Progress::default()
             }),
             ..live.clone()
         };

@@ -213,7 +213,12 @@ pub fn serve(caller: Caller, offer: &Offer, held: &mut Held, parts: &mut Parts<'
             given_up: false,
             again: None,
         }),
-        Outcome::DataLost(why) => End::Failed(anyhow!("{why}")),
+        Outcome::DataLost(why) => End::Lost(Lost {
+            heard: Instant::now(),
+            why: format!("a stream ended: {why}"),
+            given_up: false,
+            again: None,
+        }),
         Outcome::Asked => End::Asked,
         Outcome::Failed(e) => End::Failed(e),
         Outcome::Bye(why) => End::Bye(why),
@@ -415,14 +420,14 @@ fn watch(
         match outcome.recv_timeout(TICK) {
             // The control stream may tell why.
             Ok(Outcome::DataLost(why)) => {
-                return outcome.recv_timeout(TICK * 4).unwrap_or_else(|_| {
-                    Outcome::Lost(Lost {
-                        heard: Instant::now(),
-                        why: format!("the data stream ended: {why}"),
-                        given_up: false,
-                        again: None,
-                    })
-                });
+                let begin = Instant::now();
+                while begin.elapsed() < TICK * 4 {
+                    match outcome.recv_timeout(TICK) {
+                        Ok(Outcome::DataLost(_)) | Err(_) => {}
+                        Ok(outcome) => return outcome,
+                    }
+                }
+                return Outcome::DataLost(why);
             }
             Ok(outcome) => return outcome,
             Err(RecvTimeoutError::Timeout) => {}
