@@ -3,7 +3,6 @@
 //! The primary's disks with a real QEMU and a real nbdkit: what a receiver makes of the disk stream.
 
 use std::fs;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -354,7 +353,7 @@ fn no_such_node() {
 /// What the plugin makes of all that a client of NBD may ask.
 #[test]
 fn the_plugin() {
-    let mut rig = Rig::new(false, 1 << 20, false);
+    let mut rig = Rig::new(false, 64 << 20, false);
     let mut target = Target::empty();
     let socket = rig.server.as_ref().unwrap().socket().to_owned();
     let server = json!({"type": "unix", "path": socket});
