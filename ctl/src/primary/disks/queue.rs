@@ -727,7 +727,9 @@ mod tests {
     fn a_full_one_makes_changes_wait() {
         let asked = Arc::<AtomicUsize>::default();
         let ask = Arc::clone(&asked);
-        let half = move || drop(ask.fetch_add(1, Ordering::SeqCst));
+        let half = move || {
+            ask.fetch_add(1, Ordering::SeqCst);
+        };
         let queue = Queue::new(300, half);
         let mut cursor = queue.copy(Vec::new());
         queue.seal(1);
