@@ -28,15 +28,15 @@ kernel: ## build the test kernel (FLAVOUR=release|debug) into the cache
 module: ## build remus_buf.ko (KDIR=DIR: against any other Rust-enabled kernel)
 	@scripts/module.sh $(or $(KDIR),$(FLAVOUR))
 
-ctl: ## build remusctl
-	@$(cargo) build --release --locked
+ctl: ## build remusctl, and the plugin of nbdkit through which it learns what a guest writes to its disks
+	@$(cargo) build --release --locked -p remusctl -p remus-nbdkit
 	@echo build/cargo/release/remusctl
 
 tc: ## build q_remus.so, with which tc knows the options and statistics of remus
 	@scripts/tc.sh
 
 # The module only if a kernel is named, or for the one that it was built for before.
-install: ctl tc $(if $(KDIR),module) ## install remusctl (manual pages, completions, units), the plugin of tc, and the module if it is for the running kernel
+install: ctl tc $(if $(KDIR),module) ## install remusctl (manual pages, completions, units), the plugins of nbdkit and tc, and the module if it is for the running kernel
 	@scripts/install.sh
 
 uninstall: ## remove what install has installed

@@ -5,8 +5,8 @@
 #   scripts/install.sh [--uninstall]
 #
 # remusctl goes to $PREFIX/sbin (/usr/local), with its manual pages, completions and systemd units below
-# $PREFIX, the plugin of tc to where the installed tc looks for it
-# (TC_LIB_DIR=DIR names another place), the module to /lib/modules if it was built for the running
+# $PREFIX, the plugins of nbdkit and tc to where the installed ones look for them
+# (NBDKIT_PLUGIN_DIR=DIR and TC_LIB_DIR=DIR name other places), the module to /lib/modules if it was built for the running
 # kernel. With DESTDIR=DIR everything goes below DIR, and the module may be for any kernel.
 
 . "$(dirname "$0")/lib.sh"
@@ -21,9 +21,9 @@ esac
 [[ $PREFIX == /* ]] || die "PREFIX=$PREFIX is not an absolute path."
 DESTDIR=${DESTDIR%/}
 
-# put FILE DIR MODE
+# put FILE DIR MODE [NAME]
 put() {
-    local to=$DESTDIR$2/${1##*/}
+    local to=$DESTDIR$2/${4:-${1##*/}}
     # Beside it first: the old one may be in use.
     if ! { mkdir -p "$DESTDIR$2" && install -m "$3" "$1" "$to.new" && mv "$to.new" "$to"; } 2>/dev/null; then
         die "cannot write $to: run it as root, or set DESTDIR=DIR or PREFIX=DIR."
@@ -82,7 +82,20 @@ tc_directory() {
     echo "${dir%/}"
 }
 
+# nbdkit_directory: where the nbdkit of this machine looks for plugins that are named without a path.
+nbdkit_directory() {
+    local dir
+    if [ -n "${NBDKIT_PLUGIN_DIR:-}" ]; then
+        echo "${NBDKIT_PLUGIN_DIR%/}"
+        return
+    fi
+    dir=$(nbdkit --dump-config 2>/dev/null | sed -n 's/^plugindir=//p')
+    [ -n "$dir" ] || return 1
+    echo "$dir"
+}
+
 remusctl=$TOP/build/cargo/release/remusctl
+nbdkit_plugin=$TOP/build/cargo/release/libremus_nbdkit.so
 plugin=$TOP/build/tc/q_remus.so
 module=$TOP/build/module/remus_buf.ko
 running=$(uname -r)
@@ -95,6 +108,7 @@ if [ -n "$remove" ]; then
     take "$PREFIX/share/fish/vendor_completions.d/remusctl.fish"
     for file in "$TOP"/packaging/systemd/*.service; do take "$PREFIX/lib/systemd/system/${file##*/}"; done
     reload
+    if dir=$(nbdkit_directory); then take "$dir/nbdkit-remus-plugin.so"; fi
     if dir=$(tc_directory); then take "$dir/q_remus.so"; fi
     for file in "$DESTDIR"/lib/modules/*/updates/remus_buf.ko; do
         [ -e "$file" ] || continue
@@ -114,6 +128,14 @@ if [ -e "$remusctl" ]; then
     reload
 else
     say "remusctl is not installed: build it with 'make ctl'."
+fi
+
+if [ ! -e "$nbdkit_plugin" ]; then
+    say "the plugin of nbdkit is not installed: build it with 'make ctl'."
+elif dir=$(nbdkit_directory); then
+    put "$nbdkit_plugin" "$dir" 644 nbdkit-remus-plugin.so
+else
+    say "the plugin of nbdkit is not installed, and disks cannot be replicated: run 'apt install nbdkit' and this again, or name its directory with NBDKIT_PLUGIN_DIR."
 fi
 
 if [ ! -e "$plugin" ]; then

@@ -142,7 +142,7 @@ qemu_tools() {
 
 # What the tests and the demo run with, inside the virtual machine too (it sees the host's files).
 run_tools() {
-    install_packages busybox-static iproute2 iputils-ping python3 kmod cpio
+    install_packages busybox-static iproute2 iputils-ping nbdkit python3 kmod cpio
     qemu_tools
 }
 

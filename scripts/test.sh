@@ -38,6 +38,9 @@ step() {
 
 host_tests() {
     build_tools
+    # Some protect a real QEMU, with its disks.
+    qemu_tools
+    install_packages nbdkit
     cd ctl
     CARGO_TARGET_DIR=$TOP/build/cargo "$CARGO" test --quiet --locked --workspace --no-fail-fast || return 1
     cd ../qdisc/tc

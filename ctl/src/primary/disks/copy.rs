@@ -226,7 +226,7 @@ mod tests {
             assert!(!known.complete());
             known.learn(0, &sums);
             assert!(known.complete());
-            known.learn(3, &sums);
+            known.learn(4, &sums);
             known.learn(u64::MAX, &sums);
             known
         };

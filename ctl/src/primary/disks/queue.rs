@@ -471,3 +471,336 @@ impl Inner {
         Next::Changes(epoch)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::Arc;
+    use std::thread;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SIZE: usize = 64;
+    const AT_ONCE: Duration = Duration::ZERO;
+
+    fn write(offset: u64, data: &[u8]) -> Record<'_> {
+        Record {
+            disk: 0,
+            offset,
+            change: Change::Write(data),
+        }
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Write(usize, u8),
+        Discard(usize, u32),
+        Seal,
+        /// So many frames arrive.
+        Deliver(usize),
+        /// The standby applies so many epochs that it has, and says so.
+        Apply(usize),
+        /// The connection is lost and another made: what the standby keeps of the epochs that it has
+        /// beyond those applied, and how many of them the primary takes back all the same.
+        Lose(usize, usize),
+        /// It is lost for longer: so many changes are not taken.
+        Miss(Vec<(usize, u8)>, usize),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let change = || (0..SIZE - 4, 1..=255u8);
+        prop_oneof![
+            6 => change().prop_map(|(at, byte)| Step::Write(at, byte)),
+            1 => (0..SIZE, 1..9u32).prop_map(|(at, n)| Step::Discard(at, n)),
+            4 => Just(Step::Seal),
+            4 => (1..5usize).prop_map(Step::Deliver),
+            3 => (1..3usize).prop_map(Step::Apply),
+            1 => (0..4usize, 0..3usize).prop_map(|(a, b)| Step::Lose(a, b)),
+            1 => (prop::collection::vec(change(), 0..4), 0..4usize)
+                .prop_map(|(missed, keep)| Step::Miss(missed, keep)),
+        ]
+    }
+
+    /// A guest with a mirror, and a standby that follows the protocol.
+    struct Model {
+        queue: Queue,
+        cursor: Cursor,
+        disk: Vec<u8>,
+        /// What the disk was at each seal.
+        snapshots: Vec<(u64, Vec<u8>)>,
+        sealed: u64,
+        /// The epoch that ended the last copy, once there is one.
+        base: u64,
+        image: Vec<u8>,
+        /// The epoch of the image; 0 if it is not whole.
+        whole: u64,
+        open: Vec<Vec<u8>>,
+        held: Vec<(u64, Vec<Vec<u8>>)>,
+    }
+
+    fn apply(image: &mut [u8], payload: &[u8]) {
+        let mut payload = payload;
+        while !payload.is_empty() {
+            let record = Record::decode(&mut payload).unwrap();
+            let at = record.offset as usize;
+            let to = &mut image[at..at + record.change.length() as usize];
+            match record.change {
+                Change::Write(data) => to.copy_from_slice(data),
+                _ => to.fill(0),
+            }
+        }
+    }
+
+    impl Model {
+        fn new() -> Self {
+            let queue = Queue::new(u64::MAX, || ());
+            let cursor = queue.copy(Vec::new());
+            let mut model = Self {
+                queue,
+                cursor,
+                disk: vec![1; SIZE],
+                snapshots: Vec::new(),
+                sealed: 0,
+                base: u64::MAX,
+                image: vec![9; SIZE],
+                whole: 0,
+                open: Vec::new(),
+                held: Vec::new(),
+            };
+            model.mirror();
+            model
+        }
+
+        /// What a mirror job does from its start until it is ready.
+        fn mirror(&mut self) {
+            for (i, part) in self.disk.chunks(16).enumerate() {
+                self.queue.push(write(i as u64 * 16, part)).unwrap();
+            }
+        }
+
+        fn deliver(&mut self) -> bool {
+            let mut frame = Vec::new();
+            match self.queue.next(&mut self.cursor, &mut frame, AT_ONCE) {
+                Next::Nothing => return false,
+                Next::Over => panic!("the newest cursor is over"),
+                Next::Changes(0) => {
+                    assert!(self.held.is_empty() && self.open.is_empty());
+                    self.whole = 0;
+                    apply(&mut self.image, &frame[HEADER_SIZE..]);
+                }
+                Next::Changes(epoch) => {
+                    let last = self.held.last().map_or(self.whole, |held| held.0);
+                    assert!(epoch > last, "{epoch} after {last}");
+                    self.open.push(frame[HEADER_SIZE..].to_vec());
+                }
+                Next::Seal(epoch) => {
+                    self.held.push((epoch, std::mem::take(&mut self.open)));
+                    if self.whole == 0 {
+                        self.apply();
+                    }
+                }
+            }
+            true
+        }
+
+        fn apply(&mut self) -> bool {
+            if self.held.is_empty() {
+                return false;
+            }
+            let (epoch, changes) = self.held.remove(0);
+            for payload in changes {
+                apply(&mut self.image, &payload);
+            }
+            self.whole = epoch;
+            let (_, want) = self.snapshots.iter().find(|s| s.0 == epoch).unwrap();
+            assert_eq!(want, &self.image, "epoch {epoch}");
+            true
+        }
+
+        /// The connection ends; the standby keeps and applies `keep` of the epochs that it holds.
+        fn lose(&mut self, keep: usize) {
+            self.open.clear();
+            self.held.truncate(keep);
+            while self.apply() {}
+        }
+
+        fn run(&mut self, step: &Step) {
+            match step {
+                Step::Write(at, byte) => {
+                    self.disk[*at..*at + 4].fill(*byte);
+                    self.queue.push(write(*at as u64, &[*byte; 4])).unwrap();
+                }
+                Step::Discard(at, length) => {
+                    let length = (*length).min((SIZE - at) as u32);
+                    self.disk[*at..*at + length as usize].fill(0);
+                    let change = Change::Discard(length);
+                    let (disk, offset) = (0, *at as u64);
+                    let record = Record {
+                        disk,
+                        offset,
+                        change,
+                    };
+                    self.queue.push(record).unwrap();
+                }
+                Step::Seal => {
+                    self.sealed += 1;
+                    self.base = self.base.min(self.sealed);
+                    self.snapshots.push((self.sealed, self.disk.clone()));
+                    self.queue.seal(self.sealed);
+                }
+                Step::Deliver(frames) => {
+                    for _ in 0..*frames {
+                        self.deliver();
+                    }
+                }
+                Step::Apply(epochs) => {
+                    for _ in 0..*epochs {
+                        self.apply();
+                    }
+                    self.queue.applied(self.whole);
+                }
+                Step::Lose(keep, back) => {
+                    self.lose(*keep);
+                    // At least what it has not got, perhaps what it has but did not say.
+                    self.queue.unseal(self.whole.saturating_sub(*back as u64));
+                    self.cursor = match self.queue.resume(self.whole) {
+                        Some(cursor) => cursor,
+                        None => {
+                            // Never without need.
+                            assert!(self.whole < self.base, "{} {}", self.whole, self.base);
+                            self.base = u64::MAX;
+                            let cursor = self.queue.copy(Vec::new());
+                            self.mirror();
+                            cursor
+                        }
+                    };
+                }
+                Step::Miss(missed, keep) => {
+                    self.lose(*keep);
+                    self.queue.unseal(self.whole);
+                    self.queue.track();
+                    for (at, byte) in missed {
+                        self.disk[*at..*at + 4].fill(*byte);
+                        let refused = self.queue.push(write(*at as u64, &[*byte; 4]));
+                        assert_eq!(refused, Err(Refused));
+                    }
+                    self.queue.seal(self.sealed + 1);
+                    let base = std::mem::replace(&mut self.base, u64::MAX);
+                    match self.queue.copy_on(self.whole) {
+                        Some(cursor) => {
+                            self.cursor = cursor;
+                            for (at, _) in missed {
+                                let now = &self.disk[*at..*at + 4];
+                                self.queue.push(write(*at as u64, now)).unwrap();
+                            }
+                        }
+                        None => {
+                            assert!(self.whole < base, "{} {base}", self.whole);
+                            self.cursor = self.queue.copy(Vec::new());
+                            self.mirror();
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(2000) })]
+
+        /// Whatever happens, each epoch that the standby has is what the disk was at its seal.
+        #[test]
+        fn epochs_arrive_whole(steps in prop::collection::vec(step(), 1..60)) {
+            let mut model = Model::new();
+            for step in &steps {
+                model.run(step);
+            }
+            model.run(&Step::Seal);
+            while model.deliver() {}
+            while model.apply() {}
+            prop_assert_eq!(model.whole, model.sealed);
+            prop_assert_eq!(&model.image, &model.disk);
+            model.queue.applied(model.whole);
+            prop_assert_eq!(model.queue.level().held, 0);
+        }
+    }
+
+    #[test]
+    fn an_old_cursor_is_over() {
+        let queue = Queue::new(1000, || ());
+        let mut old = queue.copy(Vec::new());
+        queue.seal(1);
+        let mut new = queue.resume(1).unwrap();
+        let mut frame = Vec::new();
+        assert_eq!(queue.next(&mut old, &mut frame, AT_ONCE), Next::Over);
+        assert_eq!(queue.next(&mut new, &mut frame, AT_ONCE), Next::Nothing);
+        queue.track();
+        assert_eq!(queue.next(&mut new, &mut frame, AT_ONCE), Next::Over);
+        assert!(queue.resume(1).is_none());
+    }
+
+    #[test]
+    fn a_full_one_makes_changes_wait() {
+        let asked = Arc::<AtomicUsize>::default();
+        let ask = Arc::clone(&asked);
+        let half = move || {
+            ask.fetch_add(1, Ordering::SeqCst);
+        };
+        let queue = Queue::new(300, half);
+        let mut cursor = queue.copy(Vec::new());
+        queue.seal(1);
+        let until_waiting = |waiting| {
+            while queue.level().waiting != waiting {
+                thread::yield_now();
+            }
+        };
+        thread::scope(|scope| {
+            let push = || scope.spawn(|| queue.push(write(0, &[1; 84])));
+            for _ in 0..3 {
+                assert_eq!(push().join().unwrap(), Ok(()));
+            }
+            assert_eq!(asked.load(Ordering::SeqCst), 1);
+            assert_eq!(queue.level().held, 300);
+            // Room is made by what was applied.
+            let waits = push();
+            until_waiting(1);
+            queue.seal(2);
+            queue.applied(2);
+            assert_eq!(waits.join().unwrap(), Ok(()));
+            assert_eq!(queue.level().held, 100);
+            // In a pause nothing waits.
+            for _ in 0..2 {
+                assert_eq!(push().join().unwrap(), Ok(()));
+            }
+            assert_eq!(asked.load(Ordering::SeqCst), 2);
+            let waits = push();
+            until_waiting(1);
+            let through = queue.let_through();
+            assert_eq!(waits.join().unwrap(), Ok(()));
+            assert_eq!(push().join().unwrap(), Ok(()));
+            drop(through);
+            assert_eq!(queue.level().held, 500);
+            // Without a standby it is refused.
+            let waits = push();
+            until_waiting(1);
+            queue.track();
+            assert_eq!(waits.join().unwrap(), Err(Refused));
+            // In a copy it waits for the sender.
+            cursor = queue.copy(Vec::new());
+            for _ in 0..3 {
+                assert_eq!(push().join().unwrap(), Ok(()));
+            }
+            let waits = push();
+            until_waiting(1);
+            let next = queue.next(&mut cursor, &mut Vec::new(), AT_ONCE);
+            assert_eq!(next, Next::Changes(0));
+            assert_eq!(waits.join().unwrap(), Ok(()));
+        });
+        // One that is larger than all of it goes when there is nothing else.
+        let mut frame = Vec::new();
+        while queue.next(&mut cursor, &mut frame, AT_ONCE) != Next::Nothing {}
+        assert_eq!(queue.push(write(0, &[1; 1000])), Ok(()));
+    }
+}
