@@ -34,26 +34,28 @@ impl Image {
         }
         let file = open(path).map_err(|e| missing(e, spec))?;
         let device = file.metadata()?.file_type().is_block_device();
-        let (mut file, export) = match spec.format {
+        let room = (!device).then(|| path.to_owned());
+        let (mut plain, export) = match spec.format {
             Format::Raw => {
-                lock::lock(&file, path)?;
-                (file, None)
+                let plain = Plain { file, room };
+                lock::lock(&plain.file, path)?;
+                (plain, None)
             }
             Format::Qcow2 => {
                 let export = Export::start(path, mount)?;
                 let file = open(export.mount())
                     .with_context(|| format!("cannot open {}", export.mount().display()))?;
-                (file, Some(export))
+                (Plain { file, room }, Some(export))
             }
         };
-        let size = file
+        let size = plain
+            .file
             .seek(SeekFrom::End(0))
             .with_context(|| format!("cannot tell the size of {}", path.display()))?;
-        let room = (!device).then(|| path.to_owned());
         Ok(Self {
             name: name.clone(),
             size,
-            medium: Box::new(Plain { file, room }),
+            medium: Box::new(plain),
             export,
         })
     }

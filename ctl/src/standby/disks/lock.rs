@@ -12,6 +12,7 @@ use anyhow::{bail, Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg};
 use nix::libc;
+use rustix::fs::{flock, FlockOperation};
 
 const USED: libc::off_t = 100;
 const UNSHARED: libc::off_t = 200;
@@ -20,12 +21,12 @@ const READ: libc::off_t = 0;
 const WRITE: libc::off_t = 1;
 const RESIZE: libc::off_t = 3;
 
-fn range(kind: libc::c_int, start: libc::off_t) -> libc::flock {
+fn range(kind: libc::c_int, start: libc::off_t, length: libc::off_t) -> libc::flock {
     libc::flock {
         l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
         l_start: start,
-        l_len: 1,
+        l_len: length,
         l_pid: 0,
     }
 }
@@ -39,7 +40,7 @@ pub(super) fn lock(file: &File, path: &Path) -> Result<()> {
         UNSHARED + WRITE,
         UNSHARED + RESIZE,
     ] {
-        match fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_RDLCK, start))) {
+        match fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_RDLCK, start, 1))) {
             Ok(_) => {}
             Err(Errno::EAGAIN | Errno::EACCES) => return used(path),
             Err(e) => return Err(e).with_context(|| format!("cannot lock {}", path.display())),
@@ -51,7 +52,7 @@ pub(super) fn lock(file: &File, path: &Path) -> Result<()> {
         USED + WRITE,
         USED + RESIZE,
     ] {
-        let mut other = range(libc::F_WRLCK, start);
+        let mut other = range(libc::F_WRLCK, start, 1);
         fcntl(file, FcntlArg::F_OFD_GETLK(&mut other))
             .with_context(|| format!("cannot look for locks of {}", path.display()))?;
         if libc::c_int::from(other.l_type) != libc::F_UNLCK {
@@ -59,6 +60,13 @@ pub(super) fn lock(file: &File, path: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Gives up what was locked. Closing the file does that only once a child that was just forked has
+/// closed it, too.
+pub(super) fn unlock(file: &File) {
+    let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_UNLCK, 0, 0)));
+    let _ = flock(file, FlockOperation::Unlock);
 }
 
 fn used(path: &Path) -> Result<()> {

@@ -9,7 +9,9 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use rustix::fs::{fallocate, fdatasync, seek, statvfs, FallocateFlags, SeekFrom};
-use rustix::io::Errno;
+use rustix::io::{retry_on_intr, Errno};
+
+use super::lock::unlock;
 
 /// Bytes that can be read and written anywhere. Ranges are within its size.
 pub(super) trait Medium: Send + Sync {
@@ -35,6 +37,12 @@ pub(super) struct Plain {
     pub(super) room: Option<PathBuf>,
 }
 
+impl Drop for Plain {
+    fn drop(&mut self) {
+        unlock(&self.file);
+    }
+}
+
 /// That `e` says that this file system does not do what was asked of it.
 fn unsupported(e: Errno) -> bool {
     matches!(e, Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL)
@@ -51,7 +59,8 @@ impl Medium for Plain {
 
     fn clear(&self, range: Range<u64>) -> io::Result<()> {
         let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match fallocate(&self.file, hole, range.start, range.end - range.start) {
+        let length = range.end - range.start;
+        match retry_on_intr(|| fallocate(&self.file, hole, range.start, length)) {
             Err(e) if unsupported(e) => zeros(self, range),
             done => Ok(done?),
         }
@@ -62,7 +71,8 @@ impl Medium for Plain {
             return Ok(());
         };
         let length = range.end - range.start;
-        match fallocate(&self.file, FallocateFlags::empty(), range.start, length) {
+        let now = FallocateFlags::empty();
+        match retry_on_intr(|| fallocate(&self.file, now, range.start, length)) {
             Err(e) if unsupported(e) => {
                 let room = statvfs(room)?;
                 match room.f_bavail.saturating_mul(room.f_frsize) < all {
@@ -86,7 +96,7 @@ impl Medium for Plain {
     }
 
     fn sync(&self) -> io::Result<()> {
-        Ok(fdatasync(&self.file)?)
+        Ok(retry_on_intr(|| fdatasync(&self.file))?)
     }
 }
 

@@ -46,6 +46,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, Context, Result};
 use remus_proto::disk::{Sums, DISKS_MAX};
+use rustix::fs::{flock, FlockOperation};
 
 use self::header::Content;
 use self::image::Image;
@@ -151,6 +152,9 @@ impl Store {
         }
         let name = journal.display().to_string();
         let medium = open(journal, false).with_context(|| format!("cannot open {name}"))?;
+        if flock(&medium.file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            bail!("the journal {name} is in use by another standby: give this guest its own");
+        }
         let journal = Journal::open(Box::new(medium), name, &disks)?;
         Self::recover(images, journal, durability, bound)
     }
@@ -449,6 +453,7 @@ impl Store {
     }
 
     /// Ends in good order: what is applied is on the disks, and the next to open them goes on there.
+    /// What is not applied is thrown away.
     pub fn close(self) -> Result<()> {
         self.discard()?;
         self.sync()?;

@@ -12,7 +12,7 @@ use super::{changes, Content, Random};
 const BOUND: u64 = 1 << 20;
 
 /// A host that died after so many writes and syncs of its work on some epochs, and what these are.
-fn died(durability: Durability, after: u64) -> (World, BTreeMap<u64, Content>) {
+pub(super) fn died(durability: Durability, after: u64) -> (World, BTreeMap<u64, Content>) {
     let world = World::new();
     let mut random = Random::new(3);
     let mut content: Content = SIZES.iter().map(|size| vec![0; *size as usize]).collect();

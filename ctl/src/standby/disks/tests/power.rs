@@ -9,6 +9,7 @@ use anyhow::Result;
 use proptest::prelude::*;
 
 use super::super::{Durability, Stamp, Store};
+use super::damage::died;
 use super::model::{World, SIZES};
 use super::{changes, Content, Random};
 
@@ -220,9 +221,33 @@ proptest! {
         disk: bool,
         seed: u64,
         steps in proptest::collection::vec(step(), 1..120),
-        crashes in proptest::collection::vec(0u16..120, 0..30),
+        // Some while what the one before has left is being repaired.
+        crashes in proptest::collection::vec(prop_oneof![0u16..15, 0u16..120], 0..60),
     ) {
         let durability = if disk { Durability::Disk } else { Durability::Memory };
         run(durability, seed, &steps, &crashes);
+    }
+}
+
+/// The process is killed, and then the power fails while what that has left is being repaired.
+#[test]
+fn while_it_is_repaired() {
+    let mut random = Random::new(6);
+    for durability in [Durability::Memory, Durability::Disk] {
+        for after in 1..70 {
+            let (killed, epochs) = died(durability, after);
+            for second in 1..30 {
+                let world = killed.copy();
+                world.die_after(Some(second));
+                let _ = world.open(durability, BOUND);
+                world.die_after(None);
+                world.lose_power(&mut random);
+                let store = world.open(durability, BOUND).unwrap();
+                if let Some(stamp) = store.whole() {
+                    let torn = world.content() != epochs[&stamp.epoch];
+                    assert!(!torn, "{after} and {second}: not of epoch {}", stamp.epoch);
+                }
+            }
+        }
     }
 }

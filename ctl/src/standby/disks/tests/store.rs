@@ -84,6 +84,14 @@ fn images_that_do_not_fit() {
     assert!(store.check(&larger[..1]).is_err());
     store.close().unwrap();
 
+    // Two guests with one journal, and disks of the same names and sizes.
+    let store = open(&specs, folder).unwrap();
+    let there = tempfile::tempdir().unwrap();
+    let other = raw(there.path(), &[1 << 20, 70_000]);
+    let why = refused(&other, folder);
+    assert!(why.contains("is in use by another standby"), "{why}");
+    drop(store);
+
     // The journal is of other disks, by number, name or size.
     let why = refused(&specs[..1], folder);
     assert!(why.contains("is of other disks"), "{why}");
