@@ -559,10 +559,7 @@ fn a_full_queue_makes_writes_wait() {
     rig.io("aio_write -P 0x63 2M 4k");
     until("another", LONG, || rig.queue.level().waiting > 0);
     target.drain(&rig.queue, &mut cursor);
-    assert_eq!(
-        target.image[2 << 20],
-        fs::read(&rig.source).unwrap()[SIZE - 1] & 0
-    );
+    assert_ne!(target.image[2 << 20], 0x63);
     rig.queue.applied(2);
     until("room", LONG, || rig.queue.level().waiting == 0);
     rig.qmp.execute("stop", json!({})).unwrap();
