@@ -93,6 +93,9 @@ impl<'a> Staging<'a> {
                 Err(e) => return Outcome::DataLost(e.to_string()),
             };
             match self.frame(&header, payload) {
+                Ok(None) if self.disks_ended() => {
+                    return Outcome::DataLost("the disk stream ended".into())
+                }
                 Ok(None) => {}
                 Ok(Some(work)) => {
                     // Who applies has told the reason if it has ended.
@@ -212,14 +215,19 @@ impl<'a> Staging<'a> {
     /// Waits until the changes of the disks up to the end of `epoch` are held. They never will be if the
     /// disk stream has ended.
     fn has_disks(&self, epoch: u64) -> bool {
-        let Some((store, over)) = &self.disks else {
+        let Some((store, _)) = &self.disks else {
             return true;
         };
         while !store.wait_sealed(epoch, TICK) {
-            if over.load(Ordering::Relaxed) {
+            if self.disks_ended() {
                 return false;
             }
         }
         true
+    }
+
+    fn disks_ended(&self) -> bool {
+        let over = self.disks.as_ref().map(|(_, over)| over);
+        over.is_some_and(|over| over.load(Ordering::Relaxed))
     }
 }

@@ -474,8 +474,6 @@ impl Inner {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::sync::Arc;
     use std::thread;
 
     use proptest::prelude::*;
@@ -555,7 +553,7 @@ mod tests {
 
     impl Model {
         fn new() -> Self {
-            let queue = Queue::new(u64::MAX, || ());
+            let queue = Queue::new(u64::MAX);
             let cursor = queue.copy(Vec::new());
             let mut model = Self {
                 queue,
@@ -729,7 +727,7 @@ mod tests {
 
     #[test]
     fn an_old_cursor_is_over() {
-        let queue = Queue::new(1000, || ());
+        let queue = Queue::new(1000);
         let mut old = queue.copy(Vec::new());
         queue.seal(1);
         let mut new = queue.resume(1).unwrap();
@@ -742,13 +740,21 @@ mod tests {
     }
 
     #[test]
+    fn an_image_that_is_too_old() {
+        let queue = Queue::new(1000);
+        queue.copy(Vec::new());
+        for epoch in 1..4 {
+            queue.seal(epoch);
+            queue.push(write(0, &[1; 84])).unwrap();
+        }
+        queue.applied(2);
+        assert!(queue.resume(1).is_none());
+        assert!(queue.resume(2).is_some());
+    }
+
+    #[test]
     fn a_full_one_makes_changes_wait() {
-        let asked = Arc::<AtomicUsize>::default();
-        let ask = Arc::clone(&asked);
-        let half = move || {
-            ask.fetch_add(1, Ordering::SeqCst);
-        };
-        let queue = Queue::new(300, half);
+        let queue = Queue::new(300);
         let mut cursor = queue.copy(Vec::new());
         queue.seal(1);
         let until_waiting = |waiting| {
@@ -758,10 +764,11 @@ mod tests {
         };
         thread::scope(|scope| {
             let push = || scope.spawn(|| queue.push(write(0, &[1; 84])));
+            assert!(!queue.is_half_full());
             for _ in 0..3 {
                 assert_eq!(push().join().unwrap(), Ok(()));
             }
-            assert_eq!(asked.load(Ordering::SeqCst), 1);
+            assert!(queue.is_half_full());
             assert_eq!(queue.level().held, 300);
             // Room is made by what was applied.
             let waits = push();
@@ -774,7 +781,6 @@ mod tests {
             for _ in 0..2 {
                 assert_eq!(push().join().unwrap(), Ok(()));
             }
-            assert_eq!(asked.load(Ordering::SeqCst), 2);
             let waits = push();
             until_waiting(1);
             let through = queue.let_through();
@@ -785,7 +791,7 @@ mod tests {
             // Without a standby it is refused.
             let waits = push();
             until_waiting(1);
-            queue.track();
+            queue.lost();
             assert_eq!(waits.join().unwrap(), Err(Refused));
             // In a copy it waits for the sender.
             cursor = queue.copy(Vec::new());
