@@ -349,25 +349,26 @@ fn watch(
     stop: &AtomicBool,
     tick: &dyn Fn(),
 ) -> Outcome {
+    // Since when there is no data stream any more, and why.
+    let mut data_lost: Option<(Instant, String)> = None;
     loop {
         tick();
         match outcome.recv_timeout(TICK) {
-            // The control stream may tell why.
-            Ok(Outcome::DataLost(why)) => {
-                return outcome.recv_timeout(TICK * 4).unwrap_or_else(|_| {
-                    Outcome::Lost(Lost {
-                        heard: Instant::now(),
-                        why: format!("the data stream ended: {why}"),
-                        given_up: false,
-                        again: None,
-                    })
-                });
-            }
+            // The control stream tells why, such as an end in good order, or is silent for the timeout.
+            Ok(Outcome::DataLost(why)) => data_lost = Some((Instant::now(), why)),
             Ok(outcome) => return outcome,
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
                 return Outcome::Failed(anyhow!("all threads have ended"));
             }
+        }
+        if let Some((_, why)) = data_lost.take_if(|lost| lost.0.elapsed() > offer.timeout) {
+            return Outcome::Lost(Lost {
+                heard: Instant::now(),
+                why: format!("the data stream ended: {why}"),
+                given_up: false,
+                again: None,
+            });
         }
         if stop.load(Ordering::Relaxed) {
             return Outcome::Asked;
