@@ -48,7 +48,7 @@ def routed(stack):
         stack.callback(ns.close)
         rtnl.veth(here, there, up=False)
         stack.callback(rtnl.delete, here)
-        mac = rtnl.mac(there)
+        host_mac, mac = rtnl.mac(here), rtnl.mac(there)
         rtnl.set(there, netns=ns.fd)
         ip("addr", "add", f"10.79.{i}.1/24", "dev", here)
         ip("link", "set", here, "up")
@@ -57,7 +57,7 @@ def routed(stack):
         with ns:
             ip("addr", "add", f"10.79.{i}.2/24", "dev", there)
             ip("link", "set", there, "up")
-            ip("neigh", "add", f"10.79.{i}.1", "lladdr", rtnl.mac(here), "dev", there, "nud", "permanent")
+            ip("neigh", "add", f"10.79.{i}.1", "lladdr", host_mac, "dev", there, "nud", "permanent")
             ip("route", "add", "default", "via", f"10.79.{i}.1")
             sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             sock.bind(("0.0.0.0", 7))
