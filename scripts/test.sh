@@ -61,12 +61,13 @@ if [ "$what" = ram-long ]; then step "RAM, long" env REMUS_FLAVOUR=release tests
 if [ "$what" = all ] || [ "$what" = tc ]; then step "tc" tests/tdc/run; fi
 if [ "$what" = all ] || [ "$what" = errors ]; then step "errors" tests/errors/run; fi
 if [ "$what" = all ] || [ "$what" = takeover ]; then
-    step "take-overs" scripts/demo.sh --tap --report takeovers --runs "${RUNS:-10}"
+    # The timeout is longer than a busy host keeps an emulated machine from running.
+    step "take-overs" scripts/demo.sh --tap --report takeovers --timeout 3000 --runs "${RUNS:-10}"
     # And once the other way afterwards.
-    step "protected again" scripts/demo.sh --tap --report back --runs 1 --back
+    step "protected again" scripts/demo.sh --tap --report back --timeout 3000 --runs 1 --back
     # One part dies, or the way between the hosts, or nothing: what must be mute stays mute. With a larger guest, and with vhost-net,
     # to see that too.
-    step "fail closed" scripts/demo.sh --tap --report fail-closed --memory 512 --vhost --runs 5 --kill remusctl,qemu,standby,partition,failover
+    step "fail closed" scripts/demo.sh --tap --report fail-closed --timeout 3000 --memory 512 --vhost --runs 5 --kill remusctl,qemu,standby,partition,failover
 fi
 
 [ ${#trouble[@]} = 0 ] || say "failed: ${trouble[*]}"

@@ -85,6 +85,15 @@ def kill(pids):
             pass
 
 
+def gone(pid):
+    """Whether a process does nothing any more; its parent may not have looked at it yet."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] in "ZX"
+    except (OSError, IndexError):
+        return True
+
+
 def link_down(interface):
     """By ioctl: no process to start at the moment of the kill."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:

@@ -9,10 +9,10 @@ import sys
 import time
 
 import report
-from hosts import ALPHA_IP, GUEST_IP, HERE, PORT, REMUSCTL, Failed, Hosts, kill, link_down, listens, members, sh, tail, tell
+from hosts import ALPHA_IP, GUEST_IP, HERE, PORT, REMUSCTL, Failed, Hosts, gone, kill, link_down, listens, members, sh, tail, tell
 
-# A frame that a commit has let go before the kill may still be on its way through the kernel.
-GRACE_S = 0.1
+# A frame that a commit has let go before the death may still be on its way through the kernel.
+GRACE_S = 0.5
 
 
 class Takeover(Hosts):
@@ -24,6 +24,7 @@ class Takeover(Hosts):
         self.kill = kill or options.kill[(number - 1) % len(options.kill)]
         self.again = None
         self.first = None
+        self.dead = 0.0
         self.replies = report.records(self.path("client.records"))
 
     def alive(self, name):
@@ -93,6 +94,10 @@ class Takeover(Hosts):
                 kill(left)
         if self.kill == "partition":
             self.partition()
+        # On a busy host the kill itself takes a while.
+        while not all(gone(pid) for pid in victims):
+            time.sleep(0.002)
+        self.dead = time.time()
         if victims:
             self.first = "link" if link_first else "processes"
         tell(f"{'KILL' if victims else 'NOW'}: {what} ({before})")
@@ -105,11 +110,11 @@ class Takeover(Hosts):
                 self.protect_again()
             if self.kill == "failover":
                 self.hand_over()
-            after = self.wait_for("a reply after that", went_on, o.timeout / 1000 + 20, "client")
+            after = self.wait_for("a reply after that", went_on, o.timeout / 1000 + 60, "client")
             tell(f"client: its connection goes on, first reply {(after[0][0] - self.killed) * 1000:.0f} ms after the kill")
             self.watch(o.after or (3 if o.runs > 1 else 5), "client")
-            if time.time() - self.replies.read()[-1][0] > 2:
-                raise Failed("the guest has stopped answering")
+            known = len(self.replies.read())
+            self.wait_for("another reply", lambda: len(self.replies.read()) > known, 60, "client")
             if self.kill == "partition":
                 self.gave_up()
             if o.back and self.kill == "all":
@@ -143,14 +148,14 @@ class Takeover(Hosts):
         """The planned switch: alpha's controller ends in good order, and beta's runs the guest."""
         self.ctl("alpha", "failover", "web")
         protect = self.processes["protect"]
-        self.wait_for("the end of protect", lambda: protect.poll() is not None, self.options.timeout / 1000 + 20)
+        self.wait_for("the end of protect", lambda: protect.poll() is not None, self.options.timeout / 1000 + 60)
         if protect.returncode != 0:
             raise Failed(f"remusctl protect ended with {protect.returncode}, not 0, when it had handed the guest over")
 
     def noticed_loss(self):
         """The primary notices that its standby is lost, and lives on."""
         lost = lambda: any(e.get("event") == "standby-lost" for e in self.primary.read())  # noqa: E731
-        self.wait_for("the primary's notice", lost, self.options.timeout / 1000 + 20, "qemu", "protect")
+        self.wait_for("the primary's notice", lost, self.options.timeout / 1000 + 60, "qemu", "protect")
         tell("alpha: the standby's loss is noticed; the guest runs on, its output is held")
 
     def gave_up(self):
@@ -158,7 +163,7 @@ class Takeover(Hosts):
         self.noticed_loss()
         self.partition(heal=True)
         protect = self.processes["protect"]
-        self.wait_for("the end of protect", lambda: protect.poll() is not None, self.options.timeout / 1000 + 20)
+        self.wait_for("the end of protect", lambda: protect.poll() is not None, self.options.timeout / 1000 + 60)
         if protect.returncode != 3:
             raise Failed(f"remusctl protect ended with {protect.returncode}, not 3, when it had been replaced")
         self.alive("qemu")
@@ -250,10 +255,10 @@ class Takeover(Hosts):
         frames, event = self.frames("alpha"), self.takeover()
         if self.kill in ("partition", "failover"):
             # It may speak until the standby takes over, and not a moment longer.
-            mute = self.noticed() or self.killed + GRACE_S
+            mute = self.noticed() or self.dead + GRACE_S
         else:
             # Only a bound: what was let go by the last commit may come within the grace.
-            mute = self.killed + GRACE_S
+            mute = self.dead + GRACE_S
         leaked = [t for t in frames if t > mute and not (self.again and t > self.again)]
         first = next((t for t in self.frames("beta") if resumed is not None and t >= resumed), None)
         return {

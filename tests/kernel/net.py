@@ -103,7 +103,15 @@ class Receiver:
             out += got
         return out
 
-    def expect(self, want, what="", seconds=15, settle=0.0):
+    def gather(self, count, settle=0.1):
+        """So many, and those that follow."""
+        out, end = self.now(), time.monotonic() + 60
+        while len(out) < count and time.monotonic() < end:
+            select.select([self.sock], [], [], 0.2)
+            out += self.now()
+        return out + self.settle(settle)
+
+    def expect(self, want, what="", seconds=60, settle=0.0):
         """Exactly these numbers arrive, in this order."""
         want, got, end = list(want), self.now(), time.monotonic() + seconds
         while len(got) < len(want) and time.monotonic() < end:
@@ -164,7 +172,8 @@ class Line:
                     self.rtnl.set(port, master=bridge)
                 self.extra = [bridge, c]
                 self.sender, self.receiver = Sender(self.peer), Receiver(d)
-                time.sleep(0.02)
+                self.rtnl.ready(d, bridge, c)
+            self.rtnl.ready(self.device, self.peer)
         self.name = domain or self.device
         if add:
             self.add(domain, **limits)

@@ -308,7 +308,7 @@ class Listener:
                 self.got.append((EVENT_NAMES[command], Genl.decode(payload)))
                 at += (length + 3) & ~3
 
-    def take(self, *names, domain=None, seconds=10, settle=0.1):
+    def take(self, *names, domain=None, seconds=60, settle=0.1):
         """Exactly these events come, in any order (they are sent from several places). Returns them, in that order."""
         end = time.monotonic() + seconds
         while len(self.now()) < len(names) and time.monotonic() < end:
@@ -368,6 +368,32 @@ class Rtnl(Socket):
 
     def delete(self, name):
         self.link(17, 0, socket.if_nametoindex(name))
+
+    def get(self, name):
+        """A link's attributes."""
+        reply, = self.request(18, 0, struct.pack("=BxHiII", 0, 0, socket.if_nametoindex(name), 0, 0))
+        return dict(attributes(reply[16:]))
+
+    def ready(self, *names):
+        """Waits until packets go through these links: the kernel gets them going a moment after they, and what is behind
+        them, are up."""
+        for name in names:
+            end = time.monotonic() + 60
+            while not self.goes(name):
+                if time.monotonic() > end:
+                    raise AssertionError(f"{name} did not get going")
+                time.sleep(0.005)
+
+    def goes(self, name):
+        got = self.get(name)
+        info = dict(attributes(got.get(18, b"")))
+        if info.get(4) == b"bridge\0" and dict(attributes(info[5]))[1] != b"\x03":
+            return False  # a port that does not forward yet
+        return got[16] == b"\x06"
+
+    def mac(self, name):
+        """A link's address, in words."""
+        return ":".join(f"{b:02x}" for b in self.get(name)[1])
 
     def names(self):
         return [n for _, n in socket.if_nameindex()]

@@ -42,7 +42,7 @@ def processes_and_guest(stack):
     true(done["most_sealed"] > 1, f"several epochs at once: {done}")
 
 
-@test(seconds=900)
+@test(seconds=1800)
 def limited(stack):
     """With room for few copies writers wait for the readers, and all is as exact as without."""
     if not os.path.exists("/dev/kvm"):
@@ -54,7 +54,7 @@ def limited(stack):
     true(0 < done["most_copies"] <= limit + 8, f"copies: {done}")
 
 
-@test(seconds=600)
+@test(seconds=1800)
 def one_page(stack):
     """The smallest memory: every writer writes the same page all the time."""
     done = ram_check(stack, "--epochs", str(scaled(25, 400)), "--pages", "1", "--no-guest")

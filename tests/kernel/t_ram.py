@@ -193,7 +193,7 @@ def zero_pages(stack):
     same(sorted(m.device.epoch(full)), list(range(64)), "all pages are resident now")
 
 
-@test(seconds=200)
+@test(seconds=1200)
 def exact(stack):
     """Random pages, written in every way there is: the dirty set is the model's, page for page."""
     m = Machine(stack, 512)
@@ -396,7 +396,7 @@ class SlowDisk:
             if kind & 0xFFFF == 2:
                 return
             self.asked.set()
-            self.answer.wait(30)
+            self.answer.wait(600)
             self.server.sendall(struct.pack("!II8s", 0x67446698, 0, handle) + (self.data[at:at + n] if kind & 0xFFFF == 0 else b""))
 
     def close(self, nbd):
@@ -406,7 +406,7 @@ class SlowDisk:
         libc.ioctl(nbd, 0xAB08, 0)  # NBD_DISCONNECT
         self.server.shutdown(socket.SHUT_RDWR)
         for t in self.threads:
-            t.join(10)
+            t.join(60)
         libc.ioctl(nbd, 0xAB04, 0)  # NBD_CLEAR_SOCK
         os.close(nbd)
         self.server.close()
@@ -430,13 +430,13 @@ def direct_io_across_seals(stack):
         out = []
         reader = threading.Thread(target=lambda: out.append(libc.pread(disk.fd, m.map.addr + page * PAGE, PAGE, (64 + page) * PAGE)))
         reader.start()
-        true(disk.asked.wait(10), "the disk was asked")
+        true(disk.asked.wait(60), "the disk was asked")
         # The transfer is under way; it has claimed the page, so it counts as written.
         first = m.genl.seal("web")["epoch"]
         second = m.genl.seal("web")["epoch"]
         before = content(1000 + page) if round_ % 2 else m.image[page]
         disk.answer.set()
-        reader.join(20)
+        reader.join(60)
         same(out, [PAGE], "O_DIRECT read")
         after = disk.data[(64 + page) * PAGE:(65 + page) * PAGE]
         same(m.map.page(page), after, "the transfer has arrived")
@@ -473,7 +473,7 @@ def two_memories(stack):
 # Snapshots
 
 
-@test(seconds=200)
+@test(seconds=1200)
 def snapshots(stack):
     """Up to five sealed epochs, read in any order while everything is overwritten, through commits and aborts."""
     m = Machine(stack, 200)
@@ -546,12 +546,13 @@ def standby_apply(image, device, epoch):
         image[page] = data
 
 
-@test(seconds=200)
+@test(seconds=1200)
 def nothing_lost(stack):
     """Writers that never stop, seals in between: the epochs applied in order give the memory (S2)."""
     pages = 256
     m = Machine(stack, pages)
-    stop = mmap.mmap(-1, PAGE)
+    shared = mmap.mmap(-1, PAGE)
+    counts = (ctypes.c_uint64 * 4).from_buffer(shared)  # how often each writer wrote; whether they are to stop
     rng = random.Random(SEED)
 
     def writer(who):
@@ -559,21 +560,22 @@ def nothing_lost(stack):
         count, mine = 0, random.Random(SEED + who)
         with Ram("web") as device:
             own = device.map() if who != 2 else None
-            while not stop[0]:
+            while not counts[3]:
                 count += 1
+                counts[who] = count
                 at = mine.randrange(pages) * PAGE + who * 64
                 data = struct.pack("=Q", count)
                 if own:
                     own.write(at, data)
                 else:
                     os.pwrite(device.fd, data, at)
-        return count
     kids = [Kid(writer, who) for who in range(3)]
     standby = {}
     pending = []
     end = time.monotonic() + scaled(6, 60)
     last = {}
-    while time.monotonic() < end:
+    # On a busy machine some are slow: each has its turns, however long that takes.
+    while time.monotonic() < end or min(counts[:3]) <= 50:
         dice = rng.random()
         if dice < 0.6 and len(pending) < 5:
             pending.append(m.genl.seal("web")["epoch"])
@@ -595,9 +597,9 @@ def nothing_lost(stack):
             pending.pop(0)
         elif len(pending) > 1 and rng.random() < 0.3:
             m.genl.abort("web", pending.pop())
-    stop[0] = 1
-    counts = [kid.result() for kid in kids]
-    true(min(counts) > 50, f"writers wrote {counts} times")
+    counts[3] = 1
+    for kid in kids:
+        kid.result()
     pending.append(m.genl.seal("web")["epoch"])
     for epoch in pending:
         standby_apply(standby, m.device, epoch)
@@ -606,27 +608,29 @@ def nothing_lost(stack):
     same(wrong, [], "pages in which the standby differs")
 
 
-@test(seconds=200)
+@test(seconds=1200)
 def one_instant(stack):
     """A snapshot is one instant's, even if a writer goes on: word 2 never runs ahead of word 1."""
     pages = 64
     m = Machine(stack, pages)
-    stop = mmap.mmap(-1, PAGE)
+    shared = mmap.mmap(-1, PAGE)
+    cells = (ctypes.c_uint64 * 2).from_buffer(shared)  # how often all was written; whether to stop
 
     def writer():
         n = 0
         with Ram("web") as device:
             own = device.map()
             first = (ctypes.c_uint64 * (pages * 512)).from_address(own.addr)
-            while not stop[0]:
+            while not cells[1]:
+                cells[0] = n
                 n += 1
                 # In this order: page 1 first, then the others, the last page last.
                 for page in range(1, pages):
                     first[page * 512] = n
-        return n
     kid = Kid(writer)
-    image = {}
-    for _ in range(scaled(60)):
+    image, turns = {}, 0
+    while turns < scaled(60) or cells[0] <= 5:
+        turns += 1
         time.sleep(0.002)
         epoch = m.genl.seal("web")["epoch"]
         time.sleep(0.002)
@@ -634,8 +638,8 @@ def one_instant(stack):
         values = [struct.unpack_from("=Q", image.get(p, bytes(8)))[0] for p in range(1, pages)]
         true(values == sorted(values, reverse=True) and values[0] - values[-1] <= 1, f"epoch {epoch}: not one instant: {values}")
         m.genl.commit("web", epoch)
-    stop[0] = 1
-    true(kid.result() > 5, "the writer wrote")
+    cells[1] = 1
+    kid.result()
 
 
 # Life and death
@@ -697,7 +701,7 @@ def deleted_while_open_elsewhere(stack):
             new.epoch(1)
 
 
-@test(seconds=200)
+@test(seconds=1200)
 def pages_are_freed(stack):
     """Memory, copies and bitmaps go with their epoch and their domain."""
     genl = stack.enter_context(Genl())
@@ -721,10 +725,8 @@ def pages_are_freed(stack):
     count = scaled(10)
     for _ in range(count):
         turn()
-    time.sleep(0.3)
     # KASAN keeps some of what is freed for a while; a page set that leaks is 4 MiB each time.
-    lost = free - harness.memory_free()
-    true(lost < 28 << 20, f"{lost >> 20} MiB are gone after {count} domains of {size >> 20} MiB with copies")
+    until(lambda: free - harness.memory_free() < 28 << 20, f"no memory is gone after {count} domains of {size >> 20} MiB with copies")
 
 
 @test
@@ -749,8 +751,14 @@ def charged(stack):
             return Kid(inside).result()
 
         def used():
-            with open(f"{top}/{name}/memory.current", encoding="ascii") as f:
-                return int(f.read())
+            """What the group is charged, once that stays the same: what a process that has ended had goes a moment later."""
+            seen = []
+            while len(seen) < 10 or len(set(seen[-10:])) > 1:
+                libc.syscall(324, 1, 0, 0)  # membarrier: waits for RCU
+                time.sleep(0.05)
+                with open(f"{top}/{name}/memory.current", encoding="ascii") as f:
+                    seen.append(int(f.read()))
+            return seen[-1]
         return run, used
     maker, maker_used = group("maker")
     toucher, toucher_used = group("toucher")
@@ -764,7 +772,7 @@ def charged(stack):
     toucher(write)
     after = maker_used(), toucher_used()
     true(size <= after[1] - before[1] < size * 1.05, f"the toucher's: {before[1]} to {after[1]}")
-    # A group is charged ahead, 64 pages on each processor, and for what a child that has ended leaves a moment.
+    # A group is charged ahead, 64 pages on each processor.
     ahead = 64 * PAGE * os.cpu_count()
     true(after[0] - before[0] < size / 100 + ahead, f"the maker's: {before[0]} to {after[0]}")
     # Far apart, so that what is kept about them is more than that: a page of bits each, and the way there.

@@ -81,7 +81,7 @@ class Vhost:
             same(self.m.image[page][HEADER + SIZE:HEADER + SIZE + 8], bytes(8), "what follows the frame")
 
 
-@test(seconds=60)
+@test(seconds=600)
 def vhost_writes(stack):
     """Each epoch has the pages that vhost wrote in it, as they were at its seal, while vhost writes on."""
     for name in "tun", "vhost_net":

@@ -213,7 +213,7 @@ def subscribe(stack):
     """--subscribe events, while each of them is caused."""
     library()
     genl = stack.enter_context(Genl())
-    process = subprocess.Popen([*CLI, SPEC, "--no-schema", "--subscribe", "events", "--duration", "100"],
+    process = subprocess.Popen([*CLI, SPEC, "--no-schema", "--subscribe", "events", "--duration", "10000"],
                                stdout=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     stack.callback(process.wait)
     stack.callback(process.kill)

@@ -30,7 +30,11 @@ impl Lease {
 
     /// A stamp for now. Never 0.
     pub fn stamp(&self) -> u64 {
-        (self.start.elapsed().as_micros() as u64).saturating_add(1)
+        Self::stamp_of(self.start.elapsed())
+    }
+
+    fn stamp_of(since_start: Duration) -> u64 {
+        (since_start.as_micros() as u64).saturating_add(1)
     }
 
     /// The standby has sent a stamp back; 0 is none.
@@ -42,34 +46,38 @@ impl Lease {
 
     /// Whether the standby cannot have taken over yet.
     pub fn holds(&self) -> bool {
-        self.start.elapsed() < self.echo.saturating_add(self.timeout)
+        self.holds_after(self.start.elapsed())
+    }
+
+    fn holds_after(&self, since_start: Duration) -> bool {
+        since_start < self.echo.saturating_add(self.timeout)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::thread;
-
     use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
 
     #[test]
     fn lease() {
-        let mut lease = Lease::new(Instant::now(), Duration::from_millis(80));
-        assert!(lease.holds());
-        thread::sleep(Duration::from_millis(90));
+        let mut lease = Lease::new(Instant::now(), 80 * MS);
+        assert!(lease.holds_after(79 * MS));
         lease.came_back(0);
-        assert!(!lease.holds(), "nothing newer was seen");
-        let first = lease.stamp();
-        assert!(first > 0);
+        assert!(!lease.holds_after(80 * MS), "nothing newer was seen");
+        let first = Lease::stamp_of(90 * MS);
+        assert!(first > 0 && Lease::stamp_of(Duration::ZERO) > 0);
         lease.came_back(first);
-        assert!(lease.holds());
-        thread::sleep(Duration::from_millis(50));
-        let second = lease.stamp();
-        lease.came_back(second);
+        assert!(lease.holds_after(169 * MS) && !lease.holds_after(170 * MS));
+        lease.came_back(Lease::stamp_of(140 * MS));
         lease.came_back(first);
-        thread::sleep(Duration::from_millis(50));
-        assert!(lease.holds(), "the newest counts");
-        thread::sleep(Duration::from_millis(40));
+        assert!(lease.holds_after(219 * MS), "the newest counts");
+        assert!(!lease.holds_after(220 * MS));
+        // By the clock.
+        let mut lease = Lease::new(Instant::now(), 3600 * 1000 * MS);
+        assert!(lease.holds() && lease.stamp() > 0);
+        lease.timeout = Duration::ZERO;
         assert!(!lease.holds());
         // Rubbish from the other side makes no panic.
         lease.came_back(u64::MAX);

@@ -249,7 +249,10 @@ pub struct Rates {
 impl Recent {
     /// Adds an epoch that took `interval_ms`, if that is known.
     fn add(&mut self, pages: u64, bytes: u64, interval_ms: Option<f64>) -> Rates {
-        let now = Instant::now();
+        self.add_at(Instant::now(), pages, bytes, interval_ms)
+    }
+
+    fn add_at(&mut self, now: Instant, pages: u64, bytes: u64, interval_ms: Option<f64>) -> Rates {
         self.epochs.push_back((now, pages, bytes));
         // What came before the span only says when it begins.
         while self.epochs.get(1).is_some_and(|e| now - e.0 > SPAN) {
@@ -343,13 +346,14 @@ mod tests {
     #[test]
     fn rates() {
         let mut recent = Recent::default();
-        let first = recent.add(100, 4096 * 50, Some(100.0));
+        let begin = Instant::now();
+        let first = recent.add_at(begin, 100, 4096 * 50, Some(100.0));
         assert_eq!(first.pages, Some(1000.0));
         assert_eq!(first.bytes_per_page, Some(2048.0));
-        std::thread::sleep(Duration::from_millis(20));
-        let second = recent.add(100, 1000, Some(20.0));
+        let later = begin + Duration::from_millis(20);
+        let second = recent.add_at(later, 100, 1000, Some(20.0));
         assert!(
-            second.pages.is_some_and(|r| r > 100.0 && r <= 5000.0),
+            second.pages.is_some_and(|r| (r - 5000.0).abs() < 1.0),
             "{second:?}"
         );
         assert_eq!(Recent::default().add(0, 0, None), Rates::default());

@@ -415,25 +415,23 @@ fn watch(
     stop: &AtomicBool,
     tick: &dyn Fn(),
 ) -> Outcome {
+    // Since when there is no data stream any more, and why.
+    let mut data_lost: Option<(Instant, String)> = None;
     loop {
         tick();
         match outcome.recv_timeout(TICK) {
-            // The control stream may tell why.
+            // The control stream tells why, such as an end in good order, or is silent for the timeout.
             Ok(Outcome::DataLost(why)) => {
-                let begin = Instant::now();
-                while begin.elapsed() < TICK * 4 {
-                    match outcome.recv_timeout(TICK) {
-                        Ok(Outcome::DataLost(_)) | Err(_) => {}
-                        Ok(outcome) => return outcome,
-                    }
-                }
-                return Outcome::DataLost(why);
+                data_lost.get_or_insert_with(|| (Instant::now(), why));
             }
             Ok(outcome) => return outcome,
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
                 return Outcome::Failed(anyhow!("all threads have ended"));
             }
+        }
+        if let Some((_, why)) = data_lost.take_if(|lost| lost.0.elapsed() > offer.timeout) {
+            return Outcome::DataLost(why);
         }
         if stop.load(Ordering::Relaxed) {
             return Outcome::Asked;

@@ -33,6 +33,8 @@ use crate::standby::caller::{Caller, Callers};
 use crate::standby::serve::{self as standby, serve, Held, Offer};
 use crate::standby::takeover::take_over;
 
+/// Nothing takes nearly as long, even on a busy host.
+const PATIENCE: Duration = Duration::from_secs(120);
 pub const MEMORY: u64 = 8 << 20;
 /// Where the program counts.
 const COUNTER: u64 = 0x7000;
@@ -99,7 +101,7 @@ pub fn counter(path: &Path) -> u32 {
 /// Connects to a QEMU that is starting: its socket is there a moment before it listens.
 pub fn connect(path: &Path) -> Qmp {
     let mut connected = None;
-    until("the QMP socket", Duration::from_secs(20), || {
+    until("the QMP socket", PATIENCE, || {
         connected = Qmp::connect(path).ok();
         connected.is_some()
     });
@@ -147,9 +149,7 @@ fn survives_its_host() {
         .to_string();
     assert!(wrong.contains("does not have"), "{wrong}");
     assert!(guest.check_memory(&primary_ram, 2 * MEMORY).is_err());
-    until("the program", Duration::from_secs(60), || {
-        counter(&primary_ram) > 0
-    });
+    until("the program", PATIENCE, || counter(&primary_ram) > 0);
 
     let waiting = command(&standby_ram, &floppy, &at("b.qmp"));
     let (mut vmm, mut successor) = Vmm::start(&waiting, &at("b.qmp"), &at("b.log")).unwrap();
@@ -160,7 +160,8 @@ fn survives_its_host() {
     let address = listener.local_addr().unwrap();
     let callers = Callers::open(listener, Way::Plain, Limits::default(), Caller::meet).unwrap();
     let trace_path = at("trace");
-    let timeout = Duration::from_millis(800);
+    // Nobody has to wait for it here.
+    let timeout = PATIENCE;
     let plan = Plan {
         domain: "count".into(),
         memory: MEMORY,
@@ -194,7 +195,7 @@ fn survives_its_host() {
             stop: &AtomicBool::new(false),
             tick: &|| {},
         };
-        let (caller, _) = callers.next(Duration::from_secs(20)).unwrap();
+        let (caller, _) = callers.next(PATIENCE).unwrap();
         let end = serve(caller, &offer, &mut held, &mut parts);
         (end, held)
     });
@@ -215,7 +216,7 @@ fn survives_its_host() {
         let mut pace = plan.pace;
         protect::run(&plan, &mut parts, link, &mut pace)
     });
-    until("20 commits", Duration::from_secs(60), || {
+    until("20 commits", PATIENCE, || {
         lock(&model.book).commits.len() >= 20
     });
     first.0.kill().unwrap();
@@ -245,7 +246,7 @@ fn survives_its_host() {
     let phases = take_over(&mut successor, &held, None, lost.heard, &Report::default()).unwrap();
     assert_eq!((phases.epoch, phases.generation), (held.epoch, 2));
     assert_eq!(successor.status().unwrap(), "running");
-    until("the count to go on", Duration::from_secs(20), || {
+    until("the count to go on", PATIENCE, || {
         counter(&standby_ram) > before
     });
     assert!(vmm.ended().unwrap().is_none());
@@ -312,8 +313,6 @@ fn shutdown_is_not_death() {
     );
     assert_eq!(guest.ended(), None);
     guest.execute("quit", serde_json::json!({})).unwrap();
-    until("the end", Duration::from_secs(10), || {
-        guest.pause().is_err()
-    });
+    until("the end", PATIENCE, || guest.pause().is_err());
     assert_eq!(guest.ended().as_deref(), Some("host-qmp-quit"));
 }

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -49,8 +49,8 @@ pub struct Model {
     pub seals: Arc<AtomicU64>,
     pub reads: Arc<AtomicU64>,
     pub commits: Arc<AtomicU64>,
-    /// Milliseconds that each commit takes.
-    pub commit_takes: Arc<AtomicU64>,
+    /// How many commits have passed here, their last step. None does while this is held.
+    pub gate: Arc<Mutex<usize>>,
     /// The standby cannot resume what it is handed.
     pub unable: Arc<AtomicBool>,
     /// Epochs that all of the memory was sealed in.
@@ -77,7 +77,7 @@ impl Model {
             seals: many(),
             reads: many(),
             commits: many(),
-            commit_takes: Arc::default(),
+            gate: Arc::default(),
             unable: Arc::default(),
             fulls: Arc::default(),
         }
@@ -161,9 +161,7 @@ impl Kernel for Model {
         book.commits.push(epoch);
         book.begun.push(begun);
         drop(book);
-        thread::sleep(Duration::from_millis(
-            self.commit_takes.load(Ordering::SeqCst),
-        ));
+        *lock(&self.gate) += 1;
         Ok(Done {
             domain: domain.into(),
             epoch,
@@ -360,12 +358,13 @@ pub enum Failure {
     Stall,
     /// A byte is changed.
     Flip,
-    /// It takes 4 kB in 20 ms.
+    /// It takes 4 kB in 60 ms.
     Slow,
 }
 
-/// A connection to whoever listens at `to`, that fails after `budget` bytes towards it.
-pub fn flaky(to: SocketAddr, budget: usize, failure: Failure) -> TcpStream {
+/// A connection to whoever listens at `to`, that fails after `budget` more bytes towards it; with
+/// `usize::MAX` not yet.
+pub fn flaky(to: SocketAddr, budget: Arc<AtomicUsize>, failure: Failure) -> TcpStream {
     let front = TcpListener::bind("127.0.0.1:0").unwrap();
     let near = TcpStream::connect(front.local_addr().unwrap()).unwrap();
     let (mut inner, _) = front.accept().unwrap();
@@ -387,8 +386,9 @@ pub fn flaky(to: SocketAddr, budget: usize, failure: Failure) -> TcpStream {
         let _ = back_to.shutdown(Shutdown::Both);
     });
     thread::spawn(move || {
-        let (mut bytes, mut left) = ([0; 4096], budget);
+        let mut bytes = [0; 4096];
         loop {
+            let mut left = budget.load(Ordering::SeqCst);
             let want = bytes.len().min(left.max(1));
             let Ok(n) = inner.read(&mut bytes[..want]) else {
                 break;
@@ -408,13 +408,16 @@ pub fn flaky(to: SocketAddr, budget: usize, failure: Failure) -> TcpStream {
                     Failure::Flip => {
                         bytes[0] ^= 4;
                         left = usize::MAX;
+                        budget.store(left, Ordering::SeqCst);
                     }
                 }
             }
             if matches!(failure, Failure::Slow) {
-                thread::sleep(Duration::from_millis(20));
+                thread::sleep(Duration::from_millis(60));
             }
-            left -= n.min(left);
+            if left < usize::MAX {
+                budget.store(left - n.min(left), Ordering::SeqCst);
+            }
             if far.write_all(&bytes[..n]).is_err() {
                 break;
             }
