@@ -56,6 +56,9 @@ pub(super) struct Journal {
     /// For messages.
     name: String,
     header: Header,
+    /// Which copy of the header was whole when this was opened. The other may be half written, so it is
+    /// always written first.
+    good: u64,
     /// Where the next record goes.
     end: u64,
     /// Epoch and position of each record that a header must not leave out yet.
@@ -73,7 +76,7 @@ impl Journal {
             content: Content::Unknown,
             disks: disks.to_vec(),
         };
-        write_headers(medium, &header).context("cannot write the journal")
+        write_headers(medium, &header, 0).context("cannot write the journal")
     }
 
     /// Opens the journal of these disks.
@@ -86,10 +89,10 @@ impl Journal {
             .filter_map(|copy| {
                 let mut bytes = vec![0; header::SIZE];
                 medium.read(&mut bytes, copy * header::SIZE as u64).ok()?;
-                Header::decode(&bytes)
+                Some((copy, Header::decode(&bytes)?))
             })
-            .max_by_key(|header| header.counter);
-        let Some(header) = header else {
+            .max_by_key(|(_, header)| header.counter);
+        let Some((good, header)) = header else {
             bail!(
                 "{name} is damaged, or is not a journal of disks: delete it, and the disks are copied anew"
             );
@@ -113,6 +116,7 @@ impl Journal {
         Ok(Self {
             medium,
             name,
+            good,
             end: header.start,
             header,
             waiting: VecDeque::new(),
@@ -304,7 +308,7 @@ impl Journal {
             counter: self.header.counter + 1,
             ..header
         };
-        write_headers(self.medium.as_ref(), &self.header)
+        write_headers(self.medium.as_ref(), &self.header, 1 - self.good)
             .with_context(|| format!("cannot write to the journal {}", self.name))
     }
 
@@ -344,9 +348,9 @@ fn after(at: u64, length: u64) -> u64 {
 }
 
 /// Writes both copies, so that at each instant one of them is whole on the disk.
-fn write_headers(medium: &dyn Medium, header: &Header) -> io::Result<()> {
+fn write_headers(medium: &dyn Medium, header: &Header, first: u64) -> io::Result<()> {
     let bytes = header.encode();
-    for copy in 0..2 {
+    for copy in [first, 1 - first] {
         medium.write(&bytes, copy * header::SIZE as u64)?;
         medium.sync()?;
     }
