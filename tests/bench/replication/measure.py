@@ -45,7 +45,7 @@ def busy(pid):
 
 def redis_benchmark():
     """Debian's, with the libraries it was made for."""
-    root = f"{os.environ['REMUS_CACHE']}/redis"
+    root = f"{os.environ['REMUS_CACHE']}/guest"
     loader, = {os.path.realpath(p) for p in glob.glob(f"{root}/lib/*/ld-linux-x86-64.so.2")}
     found = glob.glob(f"{root}/lib/**/*.so.*", recursive=True) + glob.glob(f"{root}/usr/lib/**/*.so.*", recursive=True)
     return [loader, "--library-path", ":".join(sorted({os.path.dirname(p) for p in found})), f"{root}/usr/bin/redis-benchmark"]
