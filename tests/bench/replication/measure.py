@@ -54,8 +54,8 @@ def redis_benchmark():
 class Bench(Hosts):
     """One guest, and what is measured with it."""
 
-    def __init__(self, number, options, measured=None):
-        super().__init__(f"bench-{number}", options, f"bench/replication/round-{number}")
+    def __init__(self, number, options, measured=None, logs="bench/replication"):
+        super().__init__(f"bench-{number}", options, f"{logs}/round-{number}")
         self.genl = netlink.Genl()
         self.sessions = 0
         # What was measured so far, maybe with a guest that the emulated processor has reset then.
