@@ -15,7 +15,7 @@ from hosts import ALPHA_IP, GUEST_IP, HERE, PORT, REMUSCTL, Failed, Hosts, ask_m
 # A frame that a commit has let go before the kill may still be on its way through the kernel.
 GRACE_S = 0.1
 # For the last round of fio, and what else a guest does before its disks are still, in seconds.
-STILL_LIMIT = 180
+STILL_LIMIT = 300
 
 
 class Takeover(Hosts):
