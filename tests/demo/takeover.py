@@ -27,8 +27,8 @@ class Takeover(Hosts):
         self.kill = kill or options.kill[(number - 1) % len(options.kill)]
         self.again = None
         self.first = None
-        # What is wrong with the disks.
-        self.disk_faults = None
+        # What is wrong with the disks, and why that could not be found out.
+        self.disk_faults, self.trouble = None, None
         self.replies = report.records(self.path("client.records"))
 
     def alive(self, name):
@@ -136,7 +136,11 @@ class Takeover(Hosts):
             self.processes[f"sniff-{host}"].terminate()
             self.processes[f"sniff-{host}"].wait()
         if self.disks:
-            self.check_disks()
+            try:
+                self.check_disks()
+            except Failed as e:
+                tell(str(e))
+                self.trouble = str(e)
         return self.result()
 
     def check_disks(self):
@@ -145,11 +149,11 @@ class Takeover(Hosts):
         try:
             self.ask_guest("/bin/disk still", STILL_LIMIT)
         finally:
-            with open(f"{self.sockets}/{name}.console", encoding="utf-8", errors="replace") as file:
-                console = file.read()
-            if "FIO FAILED" in console:
-                self.disk_faults = next(line for line in console.splitlines() if "FIO FAILED" in line)
-        rounds = console.count("fio verified round")
+            # Also of one that was cut off and runs on: it must not notice.
+            for machine in "web", "web-b":
+                wrong = [line for line in self.console(machine) if "FIO FAILED" in line]
+                self.blame(wrong[0] if wrong else None, machine)
+        rounds = sum("fio verified round" in line for line in self.console(name))
         if self.kill == "standby" or "protect-back" in self.processes:
             self.wait_for("the same disks on both hosts", lambda: not self.disks.differ(), STILL_LIMIT)
         if self.kill == "failover":
@@ -166,6 +170,14 @@ class Takeover(Hosts):
         if faults:
             tell(f"disks, {when}: {faults}")
             self.disk_faults = self.disk_faults or f"{when}: {faults}"
+
+    def console(self, name):
+        """Lines that a machine has written."""
+        try:
+            with open(f"{self.sockets}/{name}.console", encoding="utf-8", errors="replace") as file:
+                return file.read().splitlines()
+        except FileNotFoundError:
+            return []
 
     def quit(self, name):
         """Ends a machine; what it has not written to its images yet, it writes."""
@@ -309,7 +321,7 @@ class Takeover(Hosts):
             "lost": summary["lost"],
             "duplicated": summary["duplicated"],
             "connection": summary["connection"],
-            "error": summary.get("error"),
+            "error": summary.get("error") or self.trouble,
             "disks": str(self.disks) if self.disks else None,
             "disk_faults": self.disk_faults,
             "frames_from_alpha": len(frames),
@@ -331,6 +343,7 @@ def good(result):
         and result["duplicated"] == 0
         and result["frames_after_kill"] == 0
         and result["disk_faults"] is None
+        and result["error"] is None
         and (result["takeover"] is None) == (result["kill"] == "standby")
         and result["outage_ms"] is not None
     )
