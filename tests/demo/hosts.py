@@ -37,7 +37,7 @@ GUEST_MAC = "52:54:00:77:00:02"
 PORT = 7072
 # A shell in a guest that has disks.
 SHELL_PORT = 9
-GUEST_BOOT_LIMIT = 120
+GUEST_BOOT_LIMIT = 300
 LOOK = (
     "info status", "info registers", "info lapic", "info irq", "info virtio",
     "info virtio-queue-status /machine/peripheral-anon/device[0] 0",
