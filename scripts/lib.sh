@@ -161,10 +161,10 @@ lint_tools() {
 
 # with_libraries PACKAGE...: prints these Debian packages and the libraries that they need, one a line.
 with_libraries() {
-    local known=() next=("$@")
-    while [ ${#next[@]} -gt 0 ]; do
-        known+=("${next[@]}")
-        mapfile -t next < <(apt-cache depends "${next[@]}" | sed -nE 's/^[ |]*(Pre)?Depends: (lib[a-z0-9.+-]*)$/\2/p' |
+    local known=() found=("$@")
+    while [ ${#found[@]} -gt 0 ]; do
+        known+=("${found[@]}")
+        mapfile -t found < <(apt-cache depends "${found[@]}" | sed -nE 's/^[ |]*(Pre)?Depends: (lib[a-z0-9.+-]*)$/\2/p' |
             sort -u | grep -vxF -f <(printf '%s\n' "${known[@]}"))
     done
     printf '%s\n' "${known[@]}"
