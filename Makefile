@@ -13,13 +13,13 @@ KDIR ?=
 # Debian's own Rust, from scripts/lib.sh: the controller shares source with the module.
 cargo = . scripts/lib.sh && build_tools && export CARGO_TARGET_DIR="$$TOP/build/cargo" && cd ctl && "$$CARGO"
 
-.PHONY: help kernel module ctl tc install uninstall guest demo test test-kernel test-qdisc-long test-ram-long test-tc test-errors test-takeover bench-qdisc bench-ram bench-replication lint check clean
+.PHONY: help kernel module ctl tc install uninstall guest demo test test-kernel test-qdisc-long test-ram-long test-tc test-errors test-takeover test-disks bench-qdisc bench-ram bench-replication bench-disk lint check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
-	@echo '  Variables: FLAVOUR=release|debug (kernel, module), KDIR=DIR (module, install), RUNS=N (test-takeover),'
+	@echo '  Variables: FLAVOUR=release|debug (kernel, module), KDIR=DIR (module, install), RUNS=N (test-takeover, test-disks),'
 	@echo '  PREFIX=DIR (install: remusctl below it, default /usr/local), DESTDIR=DIR (install: everything below it),'
-	@echo '  DEMO="--memory 512 ..." (demo; see tests/demo/run --help), BENCH="--rounds 1 ..." (bench-replication),'
+	@echo '  DEMO="--memory 512 ..." (demo; see tests/demo/run --help), BENCH="--rounds 1 ..." (bench-replication, bench-disk),'
 	@echo '  REMUS_CACHE=DIR (default ~/.cache/remus).'
 
 kernel: ## build the test kernel (FLAVOUR=release|debug) into the cache
@@ -69,6 +69,9 @@ test-errors: ## only what people get wrong, and what they are told
 test-takeover: ## only the take-overs (RUNS=10), and single processes killed
 	@RUNS="$(or $(RUNS),10)" scripts/test.sh takeover
 
+test-disks: ## only the take-overs of guests with disks (RUNS=20): nothing lost on disk, file systems clean
+	@RUNS="$(or $(RUNS),20)" scripts/test.sh disks
+
 bench-qdisc: ## what holding packets costs, beside sch_plug, ifb and pfifo_fast
 	@tests/bench/qdisc/run
 
@@ -77,6 +80,9 @@ bench-ram: ## what tracking and snapshots of memory cost, beside what Linux has
 
 bench-replication: ## what replication costs and gives, beside plain Remus; take-overs and partitions (hours; BENCH="--rounds 1 ...")
 	@tests/bench/replication/run $(BENCH)
+
+bench-disk: ## what replicating a disk costs, beside QEMU's own mirror (BENCH="--rounds 1 ...")
+	@tests/bench/disk/run $(BENCH)
 
 lint: ## rustfmt, clippy for module and controller, shellcheck, Python syntax; warnings are errors
 	@scripts/lint.sh

@@ -6,13 +6,14 @@
 
 . "$(dirname "$0")/lib.sh"
 
-runs=1 memory=128
+runs=1 memory=128 disks=''
 for ((i = 1; i <= $#; i++)); do
     next=$((i + 1))
     case ${!i} in
         --help | -h) exec python3 "$TOP/tests/demo/run" --help ;;
         --runs) runs=${!next:-} ;;
         --memory) memory=${!next:-} ;;
+        --disks) disks=${!next:-} ;;
     esac
 done
 [[ $runs =~ ^[1-9][0-9]{0,3}$ ]] || die "--runs takes a number of take-overs from 1 to 9999."
@@ -28,9 +29,11 @@ say "building remusctl"
     die "remusctl does not build: see the lines above."
 guest=$("$TOP/scripts/guest.sh")
 say "booting the machine that holds both hosts"
-# Both hosts' guests and what is copied on write, besides the system itself.
+# Both hosts' guests and what is copied on write, besides the system itself; the disks' images are in memory, too.
+seconds=120 space=0
+[ -z "$disks" ] || seconds=300 space=2048
 machine() {
-    "$TOP/scripts/vm.sh" --timeout $((120 + runs * 120)) --memory $((1536 + 3 * memory)) --out "$TOP/build/vm/demo" \
+    "$TOP/scripts/vm.sh" --timeout $((120 + runs * seconds)) --memory $((1536 + 3 * memory + space)) --out "$TOP/build/vm/demo" \
         -- "$TOP/tests/demo/run" --guest "$guest" "$@"
 }
 rc=0

@@ -118,9 +118,11 @@ build_tools() {
 qemu_tools() {
     local version dir=$CACHE/apt-qemu
     version=$(dpkg-query -W -f '${Version}' qemu-system-x86 2>/dev/null || true)
-    if [ -n "$version" ] && dpkg --compare-versions "$version" ge 1:8; then return 0; fi
-    if command -v qemu-system-x86_64 >/dev/null && [ -z "$version" ]; then return 0; fi
-    need_root "installing qemu-system-x86"
+    if command -v qemu-img >/dev/null; then
+        if [ -n "$version" ] && dpkg --compare-versions "$version" ge 1:8; then return 0; fi
+        if command -v qemu-system-x86_64 >/dev/null && [ -z "$version" ]; then return 0; fi
+    fi
+    need_root "installing qemu-system-x86 and qemu-utils"
     need_space "$CACHE" 500 "installing QEMU"
     mkdir -p "$CACHE/log" "$dir"
     exec 8>"$CACHE/apt.lock"
@@ -131,18 +133,18 @@ qemu_tools() {
         [[ $(apt_private "$dir" apt-cache madison qemu-system-x86) == *bookworm-backports* ]]; then
         progress "$CACHE/log/qemu.log" "installing QEMU from bookworm-backports" \
             apt_private "$dir" env DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends --no-remove \
-            -t bookworm-backports qemu-system-x86
+            -t bookworm-backports qemu-system-x86 qemu-utils
         exec 8>&-
     else
         say "bookworm-backports cannot be reached (log: $CACHE/log/qemu-list.log): taking Debian 12's QEMU 7.2."
         exec 8>&-
-        install_packages qemu-system-x86
+        install_packages qemu-system-x86 qemu-utils
     fi
 }
 
 # What the tests and the demo run with, inside the virtual machine too (it sees the host's files).
 run_tools() {
-    install_packages busybox-static iproute2 iputils-ping nbdkit python3 kmod cpio
+    install_packages busybox-static iproute2 iputils-ping nbdkit python3 kmod cpio e2fsprogs
     qemu_tools
 }
 
@@ -157,37 +159,50 @@ lint_tools() {
     install_packages shellcheck
 }
 
-# redis_root: prints a directory holding Debian's redis-server with the libraries it needs. Nothing is
-# installed, so no service starts and nothing is left behind on the host.
-redis_root() {
-    local root=$CACHE/redis work=$CACHE/redis.part packages
-    if [ ! -e "$root/.complete" ]; then
+# with_libraries PACKAGE...: prints these Debian packages and the libraries that they need, one a line.
+with_libraries() {
+    local known=() found=("$@")
+    while [ ${#found[@]} -gt 0 ]; do
+        known+=("${found[@]}")
+        mapfile -t found < <(apt-cache depends "${found[@]}" | sed -nE 's/^[ |]*(Pre)?Depends: (lib[a-z0-9.+-]*)$/\2/p' |
+            sort -u | grep -vxF -f <(printf '%s\n' "${known[@]}"))
+    done
+    printf '%s\n' "${known[@]}"
+}
+
+# debian_root NAME PACKAGE...: prints a directory holding these Debian packages and the libraries that they
+# need. Nothing is installed, so no service starts and nothing is left behind on the host.
+debian_root() {
+    local root=$CACHE/$1 work=$CACHE/$1.part packages
+    shift
+    # What was asked for last time may be less.
+    if [ "$(cat "$root/.complete" 2>/dev/null)" != "$*" ]; then
         mkdir -p "$CACHE/log"
         exec 8>"$CACHE/apt.lock"
         flock 8
         rm -rf "$work" "$root"
         mkdir -p "$work/deb"
-        if ! apt-cache show redis-tools >/dev/null 2>&1; then
+        if ! apt-cache show "$@" >/dev/null 2>&1; then
             need_root "refreshing apt's package list"
-            progress "$CACHE/log/redis-list.log" "refreshing apt's package list" apt-get -q update
+            progress "$CACHE/log/debian-list.log" "refreshing apt's package list" apt-get -q update
         fi
-        packages=$(apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks \
-            --no-replaces --no-enhances --no-pre-depends redis-tools | grep -E '^(redis-tools|lib[a-z0-9.+-]*)$' |
-            grep -vE '^lib(pam|debian-installer|elogind|newt|semanage|sepol|textwrap|slang|readline|audit)' | sort -u)
-        # shellcheck disable=SC2086  # one word a package
-        progress "$CACHE/log/redis.log" "downloading Debian's redis-server" bash -c '
+        mapfile -t packages < <(with_libraries "$@")
+        # shellcheck disable=SC2016  # for the inner shell
+        progress "$CACHE/log/debian.log" "downloading Debian's $*" bash -c '
             set -e
             cd "$1/deb"; shift
             apt-get -q download -o APT::Sandbox::User=root "$@" || { apt-get -q update && apt-get -q download -o APT::Sandbox::User=root "$@"; }
-            for deb in *.deb; do dpkg-deb -x "$deb" ..; done' - "$work" $packages
+            for deb in *.deb; do dpkg-deb -x "$deb" ..; done' - "$work" "${packages[@]}"
         rm -rf "$work/deb"
-        ln -sf redis-check-rdb "$work/usr/bin/redis-server"
-        touch "$work/.complete"
+        echo "$*" >"$work/.complete"
         mv "$work" "$root"
         exec 8>&-
     fi
     echo "$root"
 }
+
+# guest_root: what the guest is made of, and what its load is made with on the hosts.
+guest_root() { debian_root guest redis-tools e2fsprogs; }
 
 # kernel_flags KDIR: what must be said to make whenever something is built against KDIR, a word a line.
 kernel_flags() {

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0
 """A client of Redis that holds one TCP connection and never forgives.
 
-    client.py ADDRESS PORT RECORDS SUMMARY
+    client.py ADDRESS PORT RECORDS SUMMARY [ledger]
 
 Says "ready" and waits for SIGUSR1. Then it sends INCR, one at a time, and checks that each reply is the
 previous one plus 1. Every reply becomes a line of RECORDS: time (Unix, s), latency (ms), value. On SIGTERM
@@ -12,6 +12,9 @@ SUMMARY:
     requests    INCRs that were answered
     lost        acknowledged INCRs that the server does not know any more (the value went back)
     duplicated  INCRs that were applied more than once (the value jumped)
+
+With "ledger" it adds entries 1, 2, 3, ... to a list instead: the reply is how many there are, and in the end
+it asks for all of them.
     connection  "kept", or "broken", with the reason in `error`
 """
 
@@ -32,8 +35,8 @@ class Broken(Exception):
 
 
 class Client:
-    def __init__(self, address, port, records):
-        self.records = records
+    def __init__(self, address, port, records, ledger):
+        self.records, self.ledger = records, ledger
         self.stop = False
         self.buffer = b""
         self.value = 0
@@ -74,17 +77,17 @@ class Client:
 
     def number(self, line):
         if not line.startswith(b":"):
-            raise Broken(f"the server answered {line[:80]!r} to INCR")
+            raise Broken(f"the server answered {line[:80]!r}, not a number")
         return int(line[1:])
 
     def run(self):
-        self.socket.sendall(b"SET demo 0\r\n")
+        self.socket.sendall(b"DEL demo ledger\r\n")
         reply = self.line(60)
-        if reply != b"+OK":
-            raise Broken(f"the server answered {reply!r} to SET")
+        if reply != b":0":
+            raise Broken(f"the server answered {reply!r} to DEL")
         while not self.stop:
             begin = time.monotonic()
-            self.socket.sendall(b"INCR demo\r\n")
+            self.socket.sendall(b"RPUSH ledger %d\r\n" % (self.value + 1) if self.ledger else b"INCR demo\r\n")
             reply = self.line()
             if reply is None:
                 break
@@ -102,9 +105,22 @@ class Client:
         elif value < expected:
             self.counts["lost"] += expected - value
 
+    def check_ledger(self, count):
+        """Entries 1, 2, 3, ... that it was told of, each once, in this order."""
+        entries = []
+        for _ in range(count):
+            # Its length, and the entry itself.
+            self.line(PATIENCE)
+            entries.append(int(self.line(PATIENCE) or 0))
+        known = set(entries)
+        self.counts["lost"] += len(set(range(1, self.value + 1)) - known)
+        self.counts["duplicated"] += len(entries) - len(known)
+        if entries != sorted(entries):
+            raise Broken("the ledger is out of order")
+
     def last_word(self):
         """An INCR may be on its way: its reply comes first, and then the value itself must agree."""
-        self.socket.sendall(b"GET demo\r\n")
+        self.socket.sendall(b"LRANGE ledger 0 -1\r\n" if self.ledger else b"GET demo\r\n")
         while True:
             line = self.line(PATIENCE)
             if line is None:
@@ -117,6 +133,9 @@ class Client:
                 text = self.line(PATIENCE)
                 self.check(int(text or 0), self.value)
                 break
+            elif line.startswith(b"*"):
+                self.check_ledger(int(line[1:]))
+                break
         # INCRs alone would be answered by a machine that has lost its timers.
         self.socket.sendall(b"BLPOP nothing 0.05\r\n")
         if self.line(PATIENCE) != b"*-1":
@@ -124,7 +143,7 @@ class Client:
 
 
 def main():
-    address, port, records, summary = sys.argv[1:]
+    address, port, records, summary, *ledger = sys.argv[1:]
     result = {"connection": "kept", "error": None}
     with open(records, "w", encoding="ascii") as file:
         client = None
@@ -140,7 +159,7 @@ def main():
         print("ready", flush=True)
         signal.sigwait([signal.SIGUSR1])
         try:
-            client = Client(address, int(port), file)
+            client = Client(address, int(port), file, ledger == ["ledger"])
             client.run()
             client.last_word()
         except (Broken, OSError) as e:

@@ -25,6 +25,7 @@ import threading
 import time
 
 import report
+from disks import Disks
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(os.path.dirname(HERE))
@@ -34,7 +35,9 @@ REPORT = f"{TOP}/build/report"
 GUEST_IP, ALPHA_IP, BETA_IP, CLIENT_IP = (f"10.77.0.{n}" for n in (2, 11, 12, 3))
 GUEST_MAC = "52:54:00:77:00:02"
 PORT = 7072
-GUEST_BOOT_LIMIT = 120
+# A shell in a guest that has disks.
+SHELL_PORT = 9
+GUEST_BOOT_LIMIT = 300
 LOOK = (
     "info status", "info registers", "info lapic", "info irq", "info virtio",
     "info virtio-queue-status /machine/peripheral-anon/device[0] 0",
@@ -123,6 +126,10 @@ def tail(path, lines=6):
         return ""
 
 
+def tail_of(text, lines=6):
+    return "\n".join(text.strip().splitlines()[-lines:])
+
+
 def ask_monitor(path, *commands):
     """What a QEMU says to commands of its human monitor."""
     text = b""
@@ -176,6 +183,8 @@ class Hosts:
 
     def __init__(self, name, options, logs):
         self.name, self.options = name, options
+        # Set by add_disks.
+        self.disks, self.disk_words = None, ""
         # Logs and traces are looked at from the host afterwards, sockets must not be on 9p.
         self.logs = f"{TOP}/build/{logs}"
         self.sockets = f"/run/{name}"
@@ -249,14 +258,22 @@ class Hosts:
             ip_batch(lines, name)
         ip_batch(["link set lo up", "link set uplink up", f"addr add {CLIENT_IP}/24 dev uplink"], "client")
 
+    def add_disks(self, formats, turn, verify=True, overlay=False):
+        """The guest to come gets disks of these formats, see Disks; with `verify` it writes and reads all the time."""
+        bus = "device" if self.options.machine == "microvm" else "pci"
+        self.disks = Disks(formats, f"{self.sockets}/disks", turn, bus, overlay)
+        self.disk_words = " remus.disk=1" + (" remus.fio=1" if verify else "")
+        self.disks.make()
+        tell(f"alpha: the guest's disks are {self.disks}")
+
     def config(self):
-        """The one description of the domain that both hosts read."""
+        """The one description of the domain that both hosts read; returns how to start its guest on alpha."""
         o = self.options
         kernel = f"{os.environ['REMUS_KERNEL']}/arch/x86/boot/bzImage"
         words = (
             # No RTC, no i8042 in this machine: the kernel would look for them for seconds.
             "console=ttyS0 quiet panic=-1 8250.nr_uarts=1 tsc=reliable no_timer_check "
-            f"initcall_blacklist=cmos_init,i8042_init remus.ip={GUEST_IP}/24"
+            f"initcall_blacklist=cmos_init,i8042_init remus.ip={GUEST_IP}/24{self.disk_words}"
         )
         machine = {
             "microvm": ("microvm,acpi=off,rtc=off", "virtio-net-device"),
@@ -276,19 +293,47 @@ class Hosts:
             "-netdev", "tap,id=net,ifname={port},script=no,downscript=no" + (",vhost=on" if o.vhost else ""),
             "-device", f"{nic},netdev=net,mac={GUEST_MAC}",
         ]  # fmt: skip
-        # A JSON array of strings is a TOML array of strings.
-        text = (
-            f'name = "web"\nmemory = "{o.memory}M"\nports = ["tap-a"]\n'
-            f"interval_ms = {o.interval}\ntimeout_ms = {o.timeout}\n\n"
-            f"[vmm]\ncommand = {json.dumps(command)}\n\n[standby]\nports = [\"tap-b\"]\n"
-        )
-        with open(f"{self.logs}/web.toml", "w", encoding="utf-8") as file:
-            file.write(text)
+        self.machine = command
+        self.describe("web", "web-b")
+        command = command + (self.disks.arguments("web") if self.disks else [])
         places = {"name": "web", "memory": str(o.memory << 20), "ram": "/dev/remus/web",
                   "qmp": f"{self.sockets}/web.qmp", "port": "tap-a"}  # fmt: skip
         for key, value in places.items():
             command = [word.replace("{" + key + "}", value) for word in command]
         return command
+
+    def describe(self, here, there):
+        """Writes HERE.toml: the domain of this name, which the other host runs under the other name."""
+        o = self.options
+        command, mine, theirs = self.machine, "", ""
+        if self.disks:
+            command = command + self.disks.arguments(there, placeholders=True)
+            mine, theirs = self.disks.tables(here, there)
+        # A JSON array of strings is a TOML array of strings.
+        text = (
+            f'name = "{here}"\nmemory = "{o.memory}M"\nports = ["tap-a"]\n'
+            f"interval_ms = {o.interval}\ntimeout_ms = {o.timeout}\n\n"
+            f"{mine}[vmm]\ncommand = {json.dumps(command)}\n\n[standby]\nports = [\"tap-b\"]\n{theirs}"
+        )
+        with open(f"{self.logs}/{here}.toml", "w", encoding="utf-8") as file:
+            file.write(text)
+
+    def with_disks(self, name):
+        """How protect gets to know the disks."""
+        return ["--config", f"{self.logs}/{name}.toml"] if self.disks else []
+
+    def ask_guest(self, script, seconds):
+        """Runs a script in a guest that has disks; returns what it prints."""
+        command = ["ip", "netns", "exec", "client", "busybox", "nc", GUEST_IP, str(SHELL_PORT)]
+        try:
+            done = subprocess.run(command, input=f"({script}) </dev/null 2>&1; echo \"status $?\"\n", capture_output=True, text=True, timeout=seconds,
+                                  check=False)
+        except subprocess.TimeoutExpired:
+            raise Failed(f"the guest did not end '{script}' within {seconds} s") from None
+        said, _, status = done.stdout.rpartition("status ")
+        if status.strip() != "0":
+            raise Failed(f"'{script}' failed in the guest: {tail_of(done.stdout or done.stderr)}")
+        return said
 
     def keys(self, host):
         """Its half of a pair of keys, which are made when the first one is asked for."""
@@ -342,7 +387,7 @@ class Hosts:
         self.start(
             "protect",
             [REMUSCTL, "protect", "web", "--keys", self.keys("alpha"), "--qmp", f"{self.sockets}/web.qmp", "--to", f"{BETA_IP}:{PORT}",
-             *(how or ("-i", str(o.interval))), "--timeout", str(o.timeout), "--trace", self.path("protect.trace")],
+             *self.with_disks("web"), *(how or ("-i", str(o.interval))), "--timeout", str(o.timeout), "--trace", self.path("protect.trace")],
             "alpha", REMUS_RUN_DIR="/run/remus-alpha",
         )  # fmt: skip
         begin = time.monotonic()

@@ -2,6 +2,7 @@
 """One guest, one death of its host, as a client sees it."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -9,10 +10,29 @@ import sys
 import time
 
 import report
-from hosts import ALPHA_IP, GUEST_IP, HERE, PORT, REMUSCTL, Failed, Hosts, gone, kill, link_down, listens, members, sh, tail, tell
+from hosts import (
+    ALPHA_IP,
+    GUEST_IP,
+    HERE,
+    PORT,
+    REMUSCTL,
+    Failed,
+    Hosts,
+    ask_monitor,
+    gone,
+    kill,
+    link_down,
+    listens,
+    members,
+    sh,
+    tail,
+    tell,
+)
 
 # A frame that a commit has let go before the death may still be on its way through the kernel.
 GRACE_S = 0.5
+# For the last round of fio, and what else a guest does before its disks are still, in seconds.
+STILL_LIMIT = 300
 
 
 class Takeover(Hosts):
@@ -25,6 +45,8 @@ class Takeover(Hosts):
         self.again = None
         self.first = None
         self.dead = 0.0
+        # What is wrong with the disks, and why that could not be found out.
+        self.disk_faults, self.trouble = None, None
         self.replies = report.records(self.path("client.records"))
 
     def alive(self, name):
@@ -33,13 +55,17 @@ class Takeover(Hosts):
         super().alive(name)
 
     def protect(self):
+        if self.options.disks:
+            # A planned switch is the one after which the primary's images are those of the epoch that goes on, too.
+            self.add_disks(self.options.disks, self.number, overlay=self.kill == "failover")
         self.start_guest()
         # Started while nothing is measured yet.
         self.sniff("alpha")
         self.sniff("beta")
         self.start(
             "client",
-            [sys.executable, f"{HERE}/client.py", GUEST_IP, "6379", self.path("client.records"), self.path("client.json")],
+            [sys.executable, f"{HERE}/client.py", GUEST_IP, "6379", self.path("client.records"), self.path("client.json"),
+             *(["ledger"] if self.disks else [])],
             "client",
         )
         self.guest_up()
@@ -131,7 +157,55 @@ class Takeover(Hosts):
         for host in ("alpha", "beta"):
             self.processes[f"sniff-{host}"].terminate()
             self.processes[f"sniff-{host}"].wait()
+        if self.disks:
+            try:
+                self.check_disks()
+            except Failed as e:
+                tell(str(e))
+                self.trouble = str(e)
         return self.result()
+
+    def check_disks(self):
+        """The guest ends what it does and unmounts its disks; then what is on them is looked at from the host."""
+        name = self.active()
+        try:
+            self.ask_guest("/bin/disk still", STILL_LIMIT)
+        finally:
+            # Also of one that was cut off and runs on: it must not notice.
+            for machine in "web", "web-b":
+                wrong = [line for line in self.console(machine) if "FIO FAILED" in line]
+                self.blame(wrong[0] if wrong else None, machine)
+        rounds = sum("fio verified round" in line for line in self.console(name))
+        if self.kill == "standby" or "protect-back" in self.processes:
+            self.wait_for("the same disks on both hosts", lambda: not self.disks.differ(), STILL_LIMIT)
+        if self.kill == "failover":
+            # Neither guest has written to what is compared since the switch.
+            self.quit("web")
+            self.blame(self.disks.differ(), "at the switch")
+        self.quit(name)
+        self.blame(self.disks.faults(name, self.summary()["requests"]), "in the end")
+        if not self.disk_faults:
+            tell(f"disks: clean, every entry that the client was told of is there, {rounds} rounds verified on this host")
+
+    def blame(self, faults, when):
+        """Keeps the first fault, and goes on."""
+        if faults:
+            tell(f"disks, {when}: {faults}")
+            self.disk_faults = self.disk_faults or f"{when}: {faults}"
+
+    def console(self, name):
+        """Lines that a machine has written."""
+        try:
+            with open(f"{self.sockets}/{name}.console", encoding="utf-8", errors="replace") as file:
+                return file.read().splitlines()
+        except FileNotFoundError:
+            return []
+
+    def quit(self, name):
+        """Ends a machine; what it has not written to its images yet, it writes."""
+        path = f"{self.sockets}/{name}.monitor"
+        ask_monitor(path, "quit")
+        self.wait_for(f"the end of {name}", lambda: "Connection refused" in ask_monitor(path) or not os.path.exists(path), 60)
 
     def change_pace(self):
         """Other rules for when an epoch ends, while the guest is protected: it goes on answering under each."""
@@ -188,13 +262,10 @@ class Takeover(Hosts):
         self.processes["sniff-alpha"].wait()
         sh("ip", "link", "set", "alpha0", "up")
         self.ctl("alpha", "domain", "del", "web")
-        with open(f"{self.logs}/web.toml", encoding="utf-8") as file:
-            text = file.read().replace('name = "web"', 'name = "web-b"')
-        with open(f"{self.logs}/back.toml", "w", encoding="utf-8") as file:
-            file.write(text)
+        self.describe("web-b", "web")
         standby = self.start(
             "standby-back",
-            [REMUSCTL, "standby", "--keys", self.keys("alpha"), "--config", f"{self.logs}/back.toml", "--as", "web", "--port", "tap-a",
+            [REMUSCTL, "standby", "--keys", self.keys("alpha"), "--config", f"{self.logs}/web-b.toml", "--as", "web", "--port", "tap-a",
              "--listen", f"{ALPHA_IP}:{PORT}", "--timeout", str(o.timeout), "--trace", self.path("standby-back.trace")],
             "alpha", REMUS_RUN_DIR="/run/remus-alpha",
         )  # fmt: skip
@@ -207,7 +278,7 @@ class Takeover(Hosts):
         self.start(
             "protect-back",
             [REMUSCTL, "protect", "web-b", "--keys", self.keys("beta"), "--qmp", "/run/remus-beta/web-b.qmp", "--to", f"{ALPHA_IP}:{PORT}",
-             "-i", str(o.interval), "--timeout", str(o.timeout), "--trace", self.path("protect-back.trace")],
+             *self.with_disks("web-b"), "-i", str(o.interval), "--timeout", str(o.timeout), "--trace", self.path("protect-back.trace")],
             "beta", REMUS_RUN_DIR="/run/remus-beta",
         )  # fmt: skip
         begin = time.monotonic()
@@ -272,7 +343,9 @@ class Takeover(Hosts):
             "lost": summary["lost"],
             "duplicated": summary["duplicated"],
             "connection": summary["connection"],
-            "error": summary.get("error"),
+            "error": summary.get("error") or self.trouble,
+            "disks": str(self.disks) if self.disks else None,
+            "disk_faults": self.disk_faults,
             "frames_from_alpha": len(frames),
             "frames_after_kill": len(leaked),
             "kill": self.kill,
@@ -291,6 +364,8 @@ def good(result):
         and result["lost"] == 0
         and result["duplicated"] == 0
         and result["frames_after_kill"] == 0
+        and result["disk_faults"] is None
+        and result["error"] is None
         and (result["takeover"] is None) == (result["kill"] == "standby")
         and result["outage_ms"] is not None
     )

@@ -45,7 +45,7 @@ def busy(pid):
 
 def redis_benchmark():
     """Debian's, with the libraries it was made for."""
-    root = f"{os.environ['REMUS_CACHE']}/redis"
+    root = f"{os.environ['REMUS_CACHE']}/guest"
     loader, = {os.path.realpath(p) for p in glob.glob(f"{root}/lib/*/ld-linux-x86-64.so.2")}
     found = glob.glob(f"{root}/lib/**/*.so.*", recursive=True) + glob.glob(f"{root}/usr/lib/**/*.so.*", recursive=True)
     return [loader, "--library-path", ":".join(sorted({os.path.dirname(p) for p in found})), f"{root}/usr/bin/redis-benchmark"]
@@ -54,8 +54,8 @@ def redis_benchmark():
 class Bench(Hosts):
     """One guest, and what is measured with it."""
 
-    def __init__(self, number, options, measured=None):
-        super().__init__(f"bench-{number}", options, f"bench/replication/round-{number}")
+    def __init__(self, number, options, measured=None, logs="bench/replication"):
+        super().__init__(f"bench-{number}", options, f"{logs}/round-{number}")
         self.genl = netlink.Genl()
         self.sessions = 0
         # What was measured so far, maybe with a guest that the emulated processor has reset then.

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: GPL-2.0
+"""What was measured with a disk, as figures with targets."""
+
+import report as spreads
+from summary import dig, ratio
+
+# At least.
+TARGETS = {"vs_sync_mirror": 0.9, "read_ratio": 0.95}
+
+
+def figure(values, target=None):
+    """The median of several rounds' values, and whether that is high enough."""
+    values = [v for v in values if v is not None]
+    value = spreads.median(values)
+    return {"value": value, "min": round(min(values), 3) if values else None, "max": round(max(values), 3) if values else None,
+            "rounds": len(values), "target": target, "met": None if target is None or value is None else value >= target}
+
+
+def report(items, command, resets):
+    """All of it."""
+    machines = [i for i in items if i["kind"] == "machine"]
+    rounds = [i for i in items if i["kind"] == "round" and not i.get("void")]
+
+    def of(way, *path):
+        return [dig(r, way, *path) for r in rounds]
+
+    def ratios(one, other, *path):
+        return [ratio(mine, theirs) for mine, theirs in zip(of(one, *path), of(other, *path))]
+    applied = of("protected", "rand_write", "apply_ms", "p50")
+    out = {
+        "command": command, "kernel": dig(machines[0], "kernel"), "accel": dig(machines[0], "accel"),
+        "host_load": max(m["host_load"] for m in machines), "host_cpus": max(m["host_cpus"] for m in machines),
+        "rounds": len(rounds), "machine_resets": resets, "not_counted": sum(bool(i.get("void")) for i in items),
+        "seq_write_ratio": figure(ratios("protected", "unprotected", "seq_write", "bytes_per_s")),
+        "rand_write_ratio": figure(ratios("protected", "unprotected", "rand_write", "iops")),
+        # How many times as long.
+        "fsync_latency_ratio": figure(ratios("protected", "unprotected", "rand_write", "fsync_ms")),
+        "read_ratio": figure(ratios("protected", "unprotected", "seq_read", "bytes_per_s"), TARGETS["read_ratio"]),
+        "vs_sync_mirror": {
+            "seq_write": figure(ratios("protected", "mirror", "seq_write", "bytes_per_s"), TARGETS["vs_sync_mirror"]),
+            "rand_write": figure(ratios("protected", "mirror", "rand_write", "iops"), TARGETS["vs_sync_mirror"]),
+        },
+        "apply_ms": {"seq_write": figure(of("protected", "seq_write", "apply_ms", "p50")), "rand_write": figure(applied)},
+        "absolute": {
+            way: {
+                "seq_write_mb_per_s": figure([v and v / 1e6 for v in of(way, "seq_write", "bytes_per_s")]),
+                "rand_write_iops": figure(of(way, "rand_write", "iops")),
+                "fsync_ms": figure(of(way, "rand_write", "fsync_ms")),
+                "fsync_p99_ms": figure(of(way, "rand_write", "fsync_p99_ms")),
+                "seq_read_mb_per_s": figure([v and v / 1e6 for v in of(way, "seq_read", "bytes_per_s")]),
+            }
+            for way in ("unprotected", "protected", "mirror")
+        },
+    }  # fmt: skip
+    out["note"] = ""
+    if out["accel"] != "kvm":
+        out["note"] = "The machine is emulated: compare figures with each other, not with those of other machines."
+    if out["host_load"] > out["host_cpus"]:
+        out["note"] += (f" Other work kept the host busy as well: its load was {out['host_load']:.1f}"
+                        f" on {out['host_cpus']} processors at the start.")
+    return out
+
+
+def show(out):
+    def line(name, got, unit=""):
+        number = lambda v: "-" if v is None else f"{v:,.{0 if abs(v) >= 100 else 3}f}"  # noqa: E731
+        verdict = "" if got["target"] is None else f"target {got['target']}  {'-' if got['met'] is None else 'met' if got['met'] else 'missed'}"
+        spread = f"({number(got['min'])} .. {number(got['max'])})"
+        print(f"  {name:<44} {number(got['value']):>9} {unit:<5} {spread:<20} {verdict}".rstrip())
+    print()
+    line("writes in sequence / unprotected", out["seq_write_ratio"])
+    line("writes at random with fdatasync / unprotected", out["rand_write_ratio"])
+    line("fdatasync takes / unprotected", out["fsync_latency_ratio"])
+    line("reads in sequence / unprotected", out["read_ratio"])
+    line("writes in sequence / QEMU's mirror", out["vs_sync_mirror"]["seq_write"])
+    line("writes at random / QEMU's mirror", out["vs_sync_mirror"]["rand_write"])
+    line("standby writes an epoch's changes, in sequence", out["apply_ms"]["seq_write"], "ms")
+    line("standby writes an epoch's changes, at random", out["apply_ms"]["rand_write"], "ms")
+    for way, got in out["absolute"].items():
+        print(f"  {way}")
+        line("  writes in sequence", got["seq_write_mb_per_s"], "MB/s")
+        line("  writes at random", got["rand_write_iops"], "/s")
+        line("  fdatasync", got["fsync_ms"], "ms")
+        line("  reads in sequence", got["seq_read_mb_per_s"], "MB/s")
+    if out["note"]:
+        print(f"\n  {out['note'].strip()}")

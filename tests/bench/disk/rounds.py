@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Measures, in the virtual machine: fio in one guest whose disk is replicated in one way after the other."""
+
+import json
+import os
+import socket
+
+import measure
+import report
+from hosts import BETA_IP, Failed, listens, tell
+
+NBD_PORT = 10809
+FILE = "/data/load"
+FILE_MIB = 64
+# What fio does; the file is there before, so that no file system's metadata is measured.
+LOADS = {
+    "seq_write": "--rw=write --bs=1m",
+    "rand_write": "--rw=randwrite --bs=4k --fdatasync=1",
+    "seq_read": "--rw=read --bs=1m",
+}
+FIO = f"/bin/fio --name=load --filename={FILE} --size={FILE_MIB}m --direct=1 --ioengine=psync --clocksource=clock_gettime --output-format=json"
+WAYS = "unprotected", "protected", "mirror"
+
+
+class Qmp:
+    """QEMU's monitor for programs. One client at a time, so not while the guest is protected."""
+
+    def __init__(self, path):
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(120)
+        self.socket.connect(path)
+        self.file = self.socket.makefile("r", encoding="utf-8")
+        self.next()
+        self.ask("qmp_capabilities")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.socket.close()
+
+    def next(self):
+        try:
+            line = self.file.readline()
+        except OSError as e:
+            raise Failed(f"QEMU's QMP: {e}") from e
+        if not line:
+            raise Failed("QEMU has closed its QMP socket")
+        return json.loads(line)
+
+    def ask(self, command, **arguments):
+        self.socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+        while "event" in (answer := self.next()):
+            pass
+        if "error" in answer:
+            raise Failed(f"QEMU refuses {command}: {answer['error']['desc']}")
+        return answer["return"]
+
+
+class Rounds(measure.Bench):
+    """One guest with one disk, and what is measured in it."""
+
+    def __init__(self, number, options, measured=None):
+        super().__init__(number, options, measured or {way: {} for way in WAYS}, "bench/disk")
+
+    def begin(self):
+        self.add_disks(["raw"], 0, verify=False)
+        self.start_guest()
+        self.guest_up()
+        self.genl.set("web", passing=True)
+        self.ask_guest(f"{FIO} {LOADS['seq_write']}", 300)
+        self.start_standby()
+
+    def window(self, kind):
+        """What fio achieves with a load for a while, and what the standby does meanwhile."""
+        seconds = self.options.seconds
+        known = len(self.secondary.read())
+        said = self.ask_guest(f"{FIO} {LOADS[kind]} --time_based --runtime={seconds}", 120 + 4 * seconds)
+        job = json.loads(said[said.index("{"):said.rindex("}") + 1])["jobs"][0]
+        part = job["read" if kind == "seq_read" else "write"]
+        out = {"bytes_per_s": part["bw_bytes"], "iops": round(part["iops"], 2)}
+        if kind == "rand_write":
+            out["fsync_ms"] = round(job["sync"]["lat_ns"]["mean"] / 1e6, 4)
+            out["fsync_p99_ms"] = round(job["sync"]["lat_ns"]["percentile"]["99.000000"] / 1e6, 4)
+        if "protect" in self.processes:
+            applied = [e["disks_ms"] for e in self.secondary.read()[known:] if e.get("disks_ms") is not None]
+            out["apply_ms"] = report.spread(applied, "p50", "p99", "max") | {"epochs": len(applied)}
+        tell(f"{kind}: {out['bytes_per_s'] / 1e6:.2f} MB/s" + (f", fdatasync in {out['fsync_ms']:.2f} ms" if "fsync_ms" in out else ""))
+        return out
+
+    def mirror(self, out):
+        """QEMU's own mirror of the disk, each write on both hosts before the guest hears of it, and no epochs."""
+        loads = [kind for kind in LOADS if kind not in out]
+        if not loads:
+            return
+        image = f"{self.disks.directory}/mirror.raw"
+        self.disks.create(image, "raw")
+        server = self.start("nbdkit", ["nbdkit", "--foreground", "--ipaddr", BETA_IP, "--port", str(NBD_PORT), "file", image], "beta")
+        self.wait_for("nbdkit's start", lambda: listens(server.pid, NBD_PORT), 60, "nbdkit")
+        tell("mirror by QEMU")
+        with Qmp(f"{self.sockets}/web.qmp") as qmp:
+            qmp.ask("blockdev-add", **{"driver": "nbd", "node-name": "far",
+                                       "server": {"type": "inet", "host": BETA_IP, "port": str(NBD_PORT)}})
+            qmp.ask("blockdev-mirror", **{"job-id": "far", "device": "disk0", "target": "far", "sync": "full",
+                                          "copy-mode": "write-blocking"})
+            job = lambda: qmp.ask("query-block-jobs")[0]  # noqa: E731
+            self.wait_for("the mirror", lambda: (j := job())["ready"] and j.get("actively-synced"), 120, "qemu", "nbdkit")
+            for kind in loads:
+                out[kind] = self.window(kind)
+            qmp.ask("block-job-cancel", device="far", force=True)
+            self.wait_for("the end of the mirror", lambda: not qmp.ask("query-block-jobs"), 60, "qemu")
+            qmp.ask("blockdev-del", **{"node-name": "far"})
+        self.processes.pop("nbdkit").terminate()
+        server.wait(30)
+        os.remove(image)
+
+    def unprotected(self, out):
+        for kind in LOADS:
+            if kind not in out:
+                out[kind] = self.window(kind)
+
+    def round(self):
+        """Each way once; which comes first changes from round to round."""
+        self.begin()
+        turns = {
+            "unprotected": lambda: self.unprotected(self.out["unprotected"]),
+            "protected": lambda: self.session(("-i", str(self.options.interval)), LOADS, self.out["protected"]),
+            "mirror": lambda: self.mirror(self.out["mirror"]),
+        }
+        for turn in range(len(WAYS)):
+            turns[WAYS[(turn + self.number) % len(WAYS)]]()
+        return self.out
