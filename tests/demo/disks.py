@@ -84,7 +84,7 @@ class Disks:
         """The domain's disks in TOML, and those of its standby."""
         mine = "".join(
             f'[[disk]]\nname = "{name}"\nnode = "{name}"\npath = "{self.image(here, number)}"\n'
-            f'format = "{self.formats[number]}"\ndiscard = true\n\n'
+            f'format = "{self.formats[number]}"\n\n'
             for number, name in enumerate(self.names()))
         theirs = "".join(f'{name} = "{self.image(there, number)}"\n' for number, name in enumerate(self.names()))
         return mine, f"\n[standby.disks]\n{theirs}"

@@ -209,6 +209,20 @@ pub fn details(entry: &Entry) -> String {
                     "none: the guest runs on without a standby, its output leaves at once".into(),
                 );
             }
+            if let Some(disks) = &live.disks {
+                let waits = match disks.waiting {
+                    0 => "",
+                    _ => "; the guest's writes wait",
+                };
+                line(
+                    "disks",
+                    format!(
+                        "{} of changes on their way to the standby's images, at most {}{waits}",
+                        amount(disks.held as f64),
+                        amount(disks.bound as f64)
+                    ),
+                );
+            }
             if let Some(copy) = &live.first_copy {
                 let left = copy
                     .seconds_left
@@ -217,10 +231,11 @@ pub fn details(entry: &Entry) -> String {
                 line(
                     "first copy",
                     format!(
-                        "pass {}, {} of {} pages ({}%), {}/s{left}",
-                        copy.pass,
+                        "{}, {} of {} {} ({}%), {}/s{left}",
+                        copy.what(),
                         copy.pages_done,
                         copy.pages_total,
+                        if copy.disks { "chunks" } else { "pages" },
                         percent(copy),
                         amount(copy.bytes_per_s),
                     ),

@@ -36,9 +36,6 @@ pub struct Disk {
     /// What kind of image that is.
     #[serde(default)]
     pub format: Format,
-    /// QEMU's node discards (`discard=unmap`): so does the standby.
-    #[serde(default)]
-    pub discard: bool,
 }
 
 /// What kind of image there is.
@@ -178,7 +175,7 @@ mod tests {
     #[test]
     fn described() {
         let config = parse(&format!(
-            "{DISK}[[disk]]\nname = 'data'\nnode = 'disk1'\npath = '/a/d'\nformat = 'qcow2'\ndiscard = true\n\
+            "{DISK}[[disk]]\nname = 'data'\nnode = 'disk1'\npath = '/a/d'\nformat = 'qcow2'\n\
              [standby.disks]\nroot = '/b/web.img'\n"
         ))
         .unwrap();
@@ -199,7 +196,6 @@ mod tests {
             (data.path.as_path(), data.format),
             (Path::new("/a/d"), Format::Qcow2)
         );
-        assert!(data.discard && !root.discard);
         let word = fill("x={disk:root},y={disk:data}".into(), &paths(&images.disks)).unwrap();
         assert_eq!(word, "x=/b/web.img,y=/a/d");
         assert!(fill("{disk:none}".into(), &paths(&images.disks)).is_err());

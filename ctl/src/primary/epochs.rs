@@ -95,6 +95,9 @@ impl Epochs<'_> {
                     return;
                 }
             };
+            if let Some(disks) = &self.disks {
+                lock(common.report.live()).disks = Some(disks.disks.queue.level());
+            }
             let mut flight = done.flight;
             flight.interval = last.map(|l| flight.sealed.saturating_duration_since(l));
             flight.limited_by = match (slow_standby, slow_pause) {
@@ -155,7 +158,9 @@ impl Epochs<'_> {
             }
         }
         let took = ms(begin.elapsed());
-        self.common.report.event("disks-copied", json!({"copy_ms": took}));
+        self.common
+            .report
+            .event("disks-copied", json!({"copy_ms": took}));
         Ok(false)
     }
 

@@ -93,7 +93,13 @@ pub fn introduce(plan: &Plan, connect: &mut Connect<'_>) -> Result<Link> {
     data.send(Kind::Attach, 0, &welcome.token.encode())?;
     let disks = match plan.disks.as_slice() {
         [] => None,
-        disks => Some(attach(connect()?, plan.generation, welcome.token.0, disks, STUCK)?),
+        disks => Some(attach(
+            connect()?,
+            plan.generation,
+            welcome.token.0,
+            disks,
+            STUCK,
+        )?),
     };
     receiver.set_timeout(plan.timeout)?;
     let timeout = Duration::from_millis(welcome.timeout_ms.into());

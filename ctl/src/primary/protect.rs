@@ -163,7 +163,12 @@ pub fn run(plan: &Plan, parts: &mut Parts, link: Link, pace: &mut Pace) -> End {
     let disks = match (parts.disks.as_mut(), disks) {
         (Some(disks), Some(link)) => {
             let queue = Arc::clone(&disks.queue);
-            of_disks = Some((queue, link.sender.clone(), link.receiver, disks.list.clone()));
+            of_disks = Some((
+                queue,
+                link.sender.clone(),
+                link.receiver,
+                disks.list.clone(),
+            ));
             Some(DiskWork {
                 disks,
                 sender: link.sender,

@@ -67,6 +67,18 @@ pub struct PageKinds {
     pub raw: u64,
 }
 
+/// How much of the changes of disks is held on the primary.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct DiskLevel {
+    /// Bytes.
+    pub held: u64,
+    /// Most bytes that are held: the guest's writes wait then.
+    pub bound: u64,
+    /// Changes that wait.
+    pub waiting: usize,
+}
+
 /// How far the first copy is.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
@@ -151,6 +163,9 @@ pub struct Live {
     /// How far the first copy is, while it is under way.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first_copy: Option<Progress>,
+    /// Changes of disks that the standby does not have in its images yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disks: Option<DiskLevel>,
     /// Pages of epochs in a second.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dirty_pages_per_s: Option<f64>,

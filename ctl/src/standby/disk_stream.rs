@@ -91,7 +91,10 @@ impl<'a> DiskStream<'a> {
 
     fn frame(&mut self, header: &Header, payload: Vec<u8>) -> Result<(), Trouble> {
         if header.generation != self.generation {
-            return Err(there(format!("a frame is of generation {}", header.generation)));
+            return Err(there(format!(
+                "a frame is of generation {}",
+                header.generation
+            )));
         }
         match (header.kind, header.epoch) {
             (Kind::DiskState, 0) => self.begin_copy(!payload.is_empty()),

@@ -67,6 +67,14 @@ struct Host {
     _domain: OwnDomain,
 }
 
+impl Drop for Host {
+    fn drop(&mut self) {
+        if let Some(Err(e)) = self.disks.take().map(Store::close) {
+            say!("cannot close the images of the disks: {e:#}");
+        }
+    }
+}
+
 /// The images of its disks, brought to a whole epoch.
 fn open_images(images: &Images) -> Result<Store> {
     let spec = |disk: &Disk| Spec {

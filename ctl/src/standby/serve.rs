@@ -329,7 +329,8 @@ fn work<'a>(
     let to_tell = disks.as_ref().map(|d| (d.store, d.sender.clone()));
     let of_disks = disks.as_ref().map(DiskStream::handle);
     thread::scope(|scope| {
-        let (of_control, of_data, of_apply) = (outcomes.clone(), outcomes.clone(), outcomes.clone());
+        let (of_control, of_data, of_apply) =
+            (outcomes.clone(), outcomes.clone(), outcomes.clone());
         let listening = move || {
             let _ = of_control.send(listen(receiver, seen, report));
         };

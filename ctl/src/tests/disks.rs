@@ -103,7 +103,6 @@ impl Rig {
             name: "root".into(),
             node: "disk0".into(),
             size,
-            discard,
         };
         let queue = Arc::new(Queue::new(bound));
         let mut rig = Self {

@@ -176,7 +176,6 @@ impl Scene {
             node: "disk0".into(),
             path: at("a.img"),
             format: Format::Raw,
-            discard: false,
         }];
         let list = Disks::find(&mut qmp, &configured).unwrap();
         let disks = Disks::serve(dir.path(), "count", &list, bound).unwrap();
@@ -362,7 +361,11 @@ fn comes_back(cuts: usize, bound: u64, durability: Durability, away: Duration) -
     let mut scene = Scene::new(bound);
     let store = Arc::new(scene.store(durability, bound));
     let (callers, address) = callers();
-    let (ram, model, sums) = (scene.at("b.ram"), scene.model.clone(), Arc::clone(&scene.sums));
+    let (ram, model, sums) = (
+        scene.at("b.ram"),
+        scene.model.clone(),
+        Arc::clone(&scene.sums),
+    );
     let held = Arc::clone(&store);
     let compared = Arc::new(Mutex::new(BTreeMap::new()));
     let seen = Arc::clone(&compared);
@@ -390,8 +393,7 @@ fn comes_back(cuts: usize, bound: u64, durability: Durability, away: Duration) -
     let stop = Arc::<AtomicBool>::default();
     let mut parts = scene.parts(&stop);
     let plan = scene.plan.clone();
-    let protecting =
-        thread::spawn(move || keep(&plan, &mut parts, &mut connect, link, Loss::Hold));
+    let protecting = thread::spawn(move || keep(&plan, &mut parts, &mut connect, link, Loss::Hold));
     let mut random = Random(0x5eed);
     for cut in 0..cuts {
         let target = scene.commits() + 2 + random.below(8);

@@ -117,7 +117,15 @@ fn replay(bytes: &[u8], sender: &Sender) -> (Outcome, Held, Vec<u8>) {
         let staging = scope.spawn(move || staging.run(incoming, queue));
         near.write_all(bytes).unwrap();
         drop(near);
-        apply_all(&todo, &mut image, &offer, &mut held, None, &Report::default()).unwrap();
+        apply_all(
+            &todo,
+            &mut image,
+            &offer,
+            &mut held,
+            None,
+            &Report::default(),
+        )
+        .unwrap();
         staging.join().unwrap()
     });
     (outcome, held, image.0)

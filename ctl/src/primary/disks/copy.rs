@@ -47,6 +47,7 @@ impl Known {
     }
 
     /// Whether something is known of every chunk.
+    #[cfg(test)]
     pub fn complete(&self) -> bool {
         self.sums.iter().all(Option::is_some)
     }

@@ -66,13 +66,14 @@ pub fn size(qmp: &mut Qmp, node: &str) -> Result<u64> {
 /// Begins to mirror `disk` to nbdkit at `socket`.
 pub fn start(qmp: &mut Qmp, disk: &Disk, socket: &Path) -> Result<()> {
     let id = id(&disk.name);
-    let discard = if disk.discard { "unmap" } else { "ignore" };
     let target = json!({
         "driver": "nbd",
         "node-name": id,
         "server": {"type": "unix", "path": socket},
         "export": disk.name,
-        "discard": discard,
+        // A mirror that lets what the guest discards through lets it through to both sides; none does up to
+        // QEMU 10.
+        "discard": "unmap",
     });
     qmp.execute("blockdev-add", target)?;
     let job = json!({

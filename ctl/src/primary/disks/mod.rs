@@ -43,8 +43,6 @@ pub struct Disk {
     pub node: String,
     /// Bytes.
     pub size: u64,
-    /// What the guest discards is discarded on the standby too.
-    pub discard: bool,
 }
 
 /// The disks of a guest, while it is protected.
@@ -60,13 +58,12 @@ impl Disks {
     /// What QEMU knows of the disks that `configured` names.
     pub fn find(qmp: &mut Qmp, configured: &[config::disk::Disk]) -> Result<Vec<Disk>> {
         let find = |disk: &config::disk::Disk| {
-            let size = mirror::size(qmp, &disk.node)
-                .with_context(|| format!("disk {}", disk.name))?;
+            let size =
+                mirror::size(qmp, &disk.node).with_context(|| format!("disk {}", disk.name))?;
             Ok(Disk {
                 name: disk.name.clone(),
                 node: disk.node.clone(),
                 size,
-                discard: disk.discard,
             })
         };
         configured.iter().map(find).collect()

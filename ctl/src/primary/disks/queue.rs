@@ -32,6 +32,7 @@ use remus_proto::frame::{HEADER_SIZE, PAYLOAD_MAX};
 
 use super::copy::{self, Known};
 use crate::peer::stream::lock;
+use crate::report::live::DiskLevel;
 
 /// The changes of a guest's disks.
 pub struct Queue {
@@ -113,17 +114,6 @@ pub enum Next {
     Nothing,
     /// Nothing ever, with this cursor.
     Over,
-}
-
-/// How full it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Level {
-    /// Bytes held.
-    pub held: u64,
-    /// Most bytes that are held before changes have to wait.
-    pub bound: u64,
-    /// Changes that wait.
-    pub waiting: usize,
 }
 
 /// A change is not taken: QEMU is to note what it was about.
@@ -359,9 +349,9 @@ impl Queue {
     }
 
     /// How full it is.
-    pub fn level(&self) -> Level {
+    pub fn level(&self) -> DiskLevel {
         let inner = lock(&self.inner);
-        Level {
+        DiskLevel {
             held: inner.held(),
             bound: self.bound,
             waiting: inner.waiting,
@@ -417,7 +407,9 @@ impl Inner {
     /// that it has already may be among it (of an epoch that was taken back): made again in order
     /// they do no harm.
     fn position(&self, after: u64) -> Option<u64> {
-        let whole = self.whole.filter(|whole| whole.epoch.max(self.applied) <= after)?;
+        let whole = self
+            .whole
+            .filter(|whole| whole.epoch.max(self.applied) <= after)?;
         let mark = self.marks.iter().rev().find(|mark| mark.epoch <= after);
         Some(mark.unwrap_or(&whole).at.max(self.start))
     }

@@ -114,6 +114,7 @@ impl Server {
     }
 
     /// Process of nbdkit.
+    #[cfg(test)]
     pub fn pid(&self) -> u32 {
         self.nbdkit.id()
     }

@@ -66,7 +66,13 @@ impl DiskWork<'_> {
             self.sender.send(Kind::DiskState, 0, &[])?;
             let _ = self.cursors.send(cursor);
             let states = mirror::states(qmp, &self.disks.list)?;
-            for (disk, _) in self.disks.list.iter().zip(states).filter(|(_, s)| s.stopped) {
+            for (disk, _) in self
+                .disks
+                .list
+                .iter()
+                .zip(states)
+                .filter(|(_, s)| s.stopped)
+            {
                 mirror::resume(qmp, disk)?;
             }
             return self.copied(qmp);

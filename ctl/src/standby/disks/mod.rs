@@ -211,6 +211,7 @@ impl Store {
     }
 
     /// Name and size in bytes of each disk.
+    #[cfg(test)]
     pub fn sizes(&self) -> Vec<(String, u64)> {
         self.disks.clone()
     }
@@ -363,6 +364,7 @@ impl Store {
     }
 
     /// The newest epoch that is sealed or applied.
+    #[cfg(test)]
     pub fn sealed(&self) -> u64 {
         lock(&self.state).newest
     }
@@ -448,6 +450,7 @@ impl Store {
     }
 
     /// Bytes of changes that are held.
+    #[cfg(test)]
     pub fn held(&self) -> u64 {
         lock(&self.state).held
     }
