@@ -23,10 +23,8 @@ run_tools
 KDIR=$("$TOP/scripts/kernel.sh" release)
 export KDIR
 "$TOP/scripts/module.sh" release >/dev/null
-build_tools
 say "building remusctl"
-(cd "$TOP/ctl" && CARGO_TARGET_DIR=$TOP/build/cargo "$CARGO" build --quiet --release --locked) ||
-    die "remusctl does not build: see the lines above."
+make --no-print-directory -C "$TOP" ctl >&2 || die "remusctl does not build: see the lines above."
 guest=$("$TOP/scripts/guest.sh")
 say "booting the machine that holds both hosts"
 # Both hosts' guests and what is copied on write, besides the system itself; the disks' images are in memory, too.

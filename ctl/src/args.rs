@@ -287,7 +287,8 @@ pub struct Common {
     /// Keys of this host, which prove to the other one who it is [default: /etc/remus/keys/default.pem].
     #[arg(long, value_name = "FILE")]
     pub keys: Option<PathBuf>,
-    /// Allow what weakens protection: running without keys, --on-standby-loss continue.
+    /// Allow what weakens protection: running without keys, --on-standby-loss continue, disks that are not
+    /// replicated.
     #[arg(short = 'F', long)]
     pub force: bool,
     /// Serve metrics over HTTP, at /metrics.

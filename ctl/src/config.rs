@@ -273,6 +273,8 @@ pub struct ProtectSettings {
     pub disks: Vec<Disk>,
     /// Most bytes of their changes that are held until the standby has them.
     pub disk_buffer: u64,
+    /// What weakens protection is meant.
+    pub force: bool,
     /// What becomes of the guest when the standby is lost.
     pub on_standby_loss: Loss,
     /// Keys of this host; nothing is encrypted without.
@@ -337,6 +339,7 @@ impl ProtectSettings {
                 .copy_in_pause
                 .unwrap_or(file.is_some_and(|c| c.copy_in_pause)),
             disks: file.map(|c| c.disk.clone()).unwrap_or_default(),
+            force: line.common.force,
             disk_buffer: get(|c| c.disk_buffer.map(|s| s.0)).unwrap_or(disk::BUFFER),
             on_standby_loss,
             keys: common.keys,

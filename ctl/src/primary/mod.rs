@@ -97,7 +97,17 @@ pub fn protect(args: &Protect, run_dir: &Path) -> Result<u8> {
     signals::raise_priority();
     let mut random = [0; 16];
     getrandom(&mut random, GetRandomFlags::empty()).context("no random numbers")?;
+    // Before anything is looked for: with a mirror the guest writes to that, and not to the disk's node.
+    disks::mirror::cancel(&mut qmp)?;
     let disks = Disks::find(&mut qmp, &settings.disks)?;
+    let left_out = Disks::left_out(&mut qmp, &disks)?;
+    if !left_out.is_empty() && !settings.force {
+        bail!(
+            "the guest writes to {}, which is not replicated: name it as node of a [[disk]] in the configuration, or \
+             give -F if the standby has it by other means",
+            left_out.join(", ")
+        );
+    }
     let plan = Plan {
         domain: name.clone(),
         memory,

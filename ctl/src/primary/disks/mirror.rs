@@ -63,6 +63,23 @@ pub fn size(qmp: &mut Qmp, node: &str) -> Result<u64> {
     }
 }
 
+/// The block nodes that devices of the guest write to.
+pub fn written(qmp: &mut Qmp) -> Result<Vec<String>> {
+    let devices = qmp.execute("query-block", json!({}))?;
+    let node = |device: &Value| {
+        let inserted = device.get("inserted")?;
+        let writable = inserted.get("ro")?.as_bool() == Some(false);
+        let name = inserted.get("node-name")?.as_str()?;
+        writable.then(|| name.to_owned())
+    };
+    Ok(devices
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(node)
+        .collect())
+}
+
 /// Begins to mirror `disk` to nbdkit at `socket`.
 pub fn start(qmp: &mut Qmp, disk: &Disk, socket: &Path) -> Result<()> {
     let id = id(&disk.name);

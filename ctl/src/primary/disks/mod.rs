@@ -69,6 +69,15 @@ impl Disks {
         configured.iter().map(find).collect()
     }
 
+    /// The block nodes that the guest can write to and that are not in `list`: after a take-over they would
+    /// be of another moment than the guest.
+    pub fn left_out(qmp: &mut Qmp, list: &[Disk]) -> Result<Vec<String>> {
+        let known = |node: &str| list.iter().any(|disk| disk.node == node);
+        let mut written = mirror::written(qmp)?;
+        written.retain(|node| !known(node));
+        Ok(written)
+    }
+
     /// Gets ready to hear of what is written to the disks `list` of `domain`, and to hold `bound` bytes of
     /// it. QEMU is not asked for it yet.
     pub fn serve(run_dir: &Path, domain: &str, list: &[Disk], bound: u64) -> Result<Self> {
