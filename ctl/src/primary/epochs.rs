@@ -61,7 +61,7 @@ impl Epochs<'_> {
     /// Seals epochs until the end. `base` is the newest that the standby holds.
     pub(super) fn run(&mut self, mut base: u64, jobs: SyncSender<Job>) {
         let common = self.common;
-        match self.copy_disks() {
+        match self.copy_disks(base) {
             Ok(whole) => lock(&common.state).safe = base > 0 && whole,
             Err(e) => common.end(self.reason(e)),
         }
@@ -136,11 +136,12 @@ impl Epochs<'_> {
 
     /// Copies the disks while the guest runs, unless what the standby lacks is at hand. Whether its images
     /// are whole meanwhile.
-    fn copy_disks(&mut self) -> Result<bool> {
+    fn copy_disks(&mut self, base: u64) -> Result<bool> {
         let Some(disks) = &mut self.disks else {
             return Ok(true);
         };
-        if disks.go_on()? {
+        // A copy of the memory takes longer than changes of the disks can be held back.
+        if base > 0 && disks.go_on()? {
             return Ok(true);
         }
         let begin = Instant::now();
@@ -381,8 +382,10 @@ impl Epochs<'_> {
                 state = common.wait(state, TICK);
             }
         };
-        let committed = settled(&|state| state.flights.is_empty())
-            .and_then(|()| common.control.send(Kind::Handover, epoch, &[]).map(drop));
+        let committed = settled(&|state| state.flights.is_empty()).and_then(|()| {
+            lock(&common.state).handing_over = true;
+            common.control.send(Kind::Handover, epoch, &[]).map(drop)
+        });
         if let Err(e) = committed {
             // It runs nowhere else: nobody was told to run it.
             self.go_on(&e, reply);
@@ -408,6 +411,7 @@ impl Epochs<'_> {
 
     /// The guest was not handed over: it goes on here.
     fn go_on(&mut self, why: &Error, reply: &Sink<Result<String, String>>) {
+        lock(&self.common.state).handing_over = false;
         let answer = match self.guest.resume() {
             Ok(()) => format!("{why:#}; the guest goes on here"),
             Err(more) => format!("{why:#}; and the guest does not go on: {more:#}"),

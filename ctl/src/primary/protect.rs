@@ -144,6 +144,7 @@ pub fn run(plan: &Plan, parts: &mut Parts, link: Link, pace: &mut Pace) -> End {
             output_at: Instant::now(),
             full: 0,
             waiting: VecDeque::new(),
+            handing_over: false,
             resumed: false,
             refused: false,
         }),

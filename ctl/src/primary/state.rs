@@ -68,6 +68,8 @@ pub(super) struct State {
     pub(super) full: u64,
     /// Epochs that are not committed and in which packets wait, and since when.
     pub(super) waiting: VecDeque<(u64, Instant)>,
+    /// The standby is told to run the guest, and ends the streams that it needs no more.
+    pub(super) handing_over: bool,
     /// The standby has said that the guest runs there.
     pub(super) resumed: bool,
     /// The standby has said that it cannot go on: no guest runs there.
@@ -113,6 +115,9 @@ impl Common<'_> {
     pub(super) fn lost(&self, why: String) {
         let begin = Instant::now();
         let mut state = lock(&self.state);
+        if state.handing_over {
+            return;
+        }
         while state.end.is_none() && begin.elapsed() < Duration::from_millis(500) {
             state = self.wait(state, TICK);
         }

@@ -9,7 +9,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{channel, Receiver};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -34,6 +34,7 @@ use crate::primary::link::introduce;
 use crate::primary::pace::Pace;
 use crate::primary::pipeline::Encoding;
 use crate::primary::protect::{self, Parts, Plan};
+use crate::report::live::{Ask, Order};
 use crate::report::Report;
 use crate::standby::caller::{Caller, Callers};
 use crate::standby::disks::{Spec, Store};
@@ -216,7 +217,7 @@ impl Scene {
         self.dir.path().join(name)
     }
 
-    fn parts(&mut self, stop: &Arc<AtomicBool>) -> Parts {
+    fn parts(&mut self, stop: &Arc<AtomicBool>, orders: Receiver<Order>) -> Parts {
         Parts {
             guest: Box::new(self.guest.take().unwrap()),
             sealer: Box::new(self.model.clone()),
@@ -225,7 +226,7 @@ impl Scene {
             disks: self.disks.take(),
             hearing: None,
             report: Report::open(Some(&self.at("trace"))).unwrap(),
-            orders: channel().1,
+            orders,
             stop: Arc::clone(stop),
         }
     }
@@ -289,7 +290,11 @@ fn stand_by(
             // Its connection was lost before it had said who it is.
             standby::End::Refused(_) => {}
             standby::End::Failed(e) => panic!("failed: {e:#}"),
-            standby::End::Asked | standby::End::Handover(_) => panic!("not asked for"),
+            standby::End::Handover(primary) => {
+                primary.resumed();
+                return (held, None);
+            }
+            standby::End::Asked => panic!("not asked for"),
         }
     }
 }
@@ -335,7 +340,7 @@ fn disk_survives_its_host() {
     });
     let mut connect = move || channel_to(address).map(|(channel, _)| channel);
     let link = introduce(&scene.plan, &mut connect).unwrap();
-    let mut parts = scene.parts(&Arc::default());
+    let mut parts = scene.parts(&Arc::default(), channel().1);
     let (plan, mut pace) = (scene.plan.clone(), scene.plan.pace);
     let protecting = thread::spawn(move || protect::run(&plan, &mut parts, link, &mut pace));
     until("20 commits", LONG, || scene.commits() >= 20);
@@ -391,7 +396,7 @@ fn comes_back(cuts: usize, bound: u64, durability: Durability, away: Duration) -
     };
     let link = introduce(&scene.plan, &mut connect).unwrap();
     let stop = Arc::<AtomicBool>::default();
-    let mut parts = scene.parts(&stop);
+    let mut parts = scene.parts(&stop, channel().1);
     let plan = scene.plan.clone();
     let protecting = thread::spawn(move || keep(&plan, &mut parts, &mut connect, link, Loss::Hold));
     let mut random = Random(0x5eed);
@@ -423,6 +428,97 @@ fn comes_back(cuts: usize, bound: u64, durability: Durability, away: Duration) -
     eprintln!("disks compared at epochs {:?}", compared.keys());
     let trace = fs::read_to_string(scene.at("trace")).unwrap();
     trace.matches("\"disks-copied\"").count()
+}
+
+/// A planned switch: the guest stands still at the epoch that the standby has.
+#[test]
+fn disk_is_handed_over() {
+    let mut scene = Scene::new(64 << 20);
+    let (ram, store) = (scene.at("b.ram"), scene.store(Durability::Memory, 64 << 20));
+    let (callers, address) = callers();
+    let receiving = thread::spawn(move || {
+        let (held, _) = stand_by(&callers, &ram, &store, &|_| {});
+        (held, store)
+    });
+    let mut connect = move || channel_to(address).map(|(channel, _)| channel);
+    let link = introduce(&scene.plan, &mut connect).unwrap();
+    let (order, orders) = channel();
+    let mut parts = scene.parts(&Arc::default(), orders);
+    let (plan, mut pace) = (scene.plan.clone(), scene.plan.pace);
+    let protecting = thread::spawn(move || protect::run(&plan, &mut parts, link, &mut pace));
+    until("commits", LONG, || scene.commits() >= 3);
+    let (reply, answer) = channel();
+    let ask = Ask::Failover;
+    order.send(Order { ask, reply }).unwrap();
+    let answer = answer.recv_timeout(LONG).unwrap();
+    assert!(answer.is_ok(), "{answer:?}");
+    let end = protecting.join().unwrap();
+    assert!(matches!(end, protect::End::HandedOver), "{end}");
+    let (held, store) = receiving.join().unwrap();
+    same_disk(&scene.model, &scene.sums, held.epoch, &store);
+    assert_eq!(
+        store.checksum().unwrap()[0].as_slice(),
+        sum(&scene.at("a.img")),
+        "both hosts have the same disk"
+    );
+}
+
+/// The standby's process is killed: what begins in its place has the images of a whole epoch, and no memory.
+#[test]
+fn disk_after_a_new_standby() {
+    let mut scene = Scene::new(64 << 20);
+    let (ram, store) = (scene.at("b.ram"), scene.store(Durability::Memory, 64 << 20));
+    let (callers, address) = callers();
+    let stop = Arc::<AtomicBool>::default();
+    let streams: Arc<Mutex<Vec<TcpStream>>> = Arc::default();
+    let kept = Arc::clone(&streams);
+    let mut connect = move || {
+        let (channel, stream) = channel_to(address)?;
+        lock(&kept).push(stream);
+        Ok(channel)
+    };
+    let killed = Arc::new(AtomicBool::new(false));
+    let kill = Arc::clone(&killed);
+    let (journal, image) = (scene.at("b.journal"), scene.at("b.img"));
+    let receiving = thread::spawn(move || {
+        // It ends where a connection is lost, without a word to its journal.
+        let first = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            stand_by(&callers, &ram, &store, &|_| {
+                kill.store(true, Ordering::SeqCst);
+                std::panic::resume_unwind(Box::new(()));
+            })
+        }));
+        assert!(first.is_err());
+        drop(store);
+        memory_file(&ram);
+        let spec = Spec {
+            name: "root".into(),
+            path: image,
+            format: Format::Raw,
+        };
+        let store = Store::open(&[spec], &journal, Durability::Memory, 64 << 20).unwrap();
+        assert!(store.whole().is_some());
+        let (held, _) = stand_by(&callers, &ram, &store, &|_| {});
+        (held, store)
+    });
+    let link = introduce(&scene.plan, &mut connect).unwrap();
+    let mut parts = scene.parts(&stop, channel().1);
+    let plan = scene.plan.clone();
+    let protecting = thread::spawn(move || keep(&plan, &mut parts, &mut connect, link, Loss::Hold));
+    until("commits", LONG, || scene.commits() >= 5);
+    for stream in lock(&streams).drain(..) {
+        let _ = stream.shutdown(std::net::Shutdown::Both);
+    }
+    until("the end of the standby", LONG, || {
+        killed.load(Ordering::SeqCst)
+    });
+    let target = scene.commits() + 5;
+    until("commits", LONG, || scene.commits() >= target);
+    stop.store(true, Ordering::SeqCst);
+    let end = protecting.join().unwrap();
+    assert!(matches!(end, protect::End::Asked), "{end}");
+    let (held, store) = receiving.join().unwrap();
+    same_disk(&scene.model, &scene.sums, held.epoch, &store);
 }
 
 #[test]
