@@ -79,6 +79,9 @@ if [ "$what" = disks ]; then
     step "disks, protected again" scripts/demo.sh --tap --report disks-back --runs 1 --back --disks raw
     # The same devices on PCI.
     step "disks on PCI" scripts/demo.sh --tap --report disks-pci --runs 2 --machine q35 --disks raw,raw
+# The short form: a dead host, and a planned switch.
+elif [ "$what" = all ]; then
+    step "disks" scripts/demo.sh --tap --report disks --runs 2 --disks raw,qcow2 --kill all,failover
 fi
 
 [ ${#trouble[@]} = 0 ] || say "failed: ${trouble[*]}"
