@@ -18,6 +18,7 @@ use crate::config::{Config, KEYS};
 use crate::host::netlink::Remus;
 use crate::peer::address;
 use crate::peer::identity::Identity;
+use crate::primary::disks::server;
 
 /// How good something is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -65,6 +66,7 @@ pub fn run(config: Option<&Path>, peer: Option<&str>, as_json: bool) -> Result<b
         kvm(),
         qemu(),
         tc(),
+        nbdkit(),
         clock(),
         memory(file.as_ref().map(|f| f.memory.0)),
     ];
@@ -207,6 +209,23 @@ fn qemu() -> Finding {
             Grade::Warn,
             format!("cannot tell the version from: {line}"),
         ),
+    }
+}
+
+/// What the primary hears of writes to disks by.
+fn nbdkit() -> Finding {
+    let warn = |text: &str| finding("nbdkit", Grade::Warn, text);
+    let Some(version) = version("nbdkit", "--version") else {
+        return warn(
+            "there is no nbdkit, so disks cannot be replicated from here: apt-get install nbdkit",
+        );
+    };
+    let loads = server::plugin()
+        .ok()
+        .and_then(|plugin| output("nbdkit", &["--dump-plugin", &plugin.to_string_lossy()]));
+    match loads {
+        Some(_) => finding("nbdkit", Grade::Ok, format!("{version}, with the plugin remus")),
+        None => warn("nbdkit does not find the plugin remus, so disks cannot be replicated from here: make install"),
     }
 }
 

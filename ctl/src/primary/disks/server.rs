@@ -174,7 +174,7 @@ impl Drop for Server {
 
 /// Where the plugin is: beside this program in the build tree, else nbdkit finds it by its name among
 /// its own.
-fn plugin() -> Result<PathBuf> {
+pub fn plugin() -> Result<PathBuf> {
     let program = std::env::current_exe().context("cannot find this program's own file")?;
     let beside = program.with_file_name("libremus_nbdkit.so");
     Ok(match beside.exists() {
