@@ -17,7 +17,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::{channel, Receiver as Queue};
+use std::sync::mpsc::Receiver as Queue;
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
@@ -27,11 +27,11 @@ use remus_proto::frame::Kind;
 
 use super::commits::{listen, receive_all};
 use super::disks::work::DiskWork;
-use super::disks::{self, Disk, Disks};
+use super::disks::{Disk, Disks};
 use super::epochs::Epochs;
 use super::link::Link;
 use super::pace::{Pace, Pacer};
-use super::pipeline::{self, Batches, Encoding, Watcher};
+use super::pipeline::{self, Batches, Encoding};
 use super::state::{Common, State};
 use crate::host::kernel::{Guest, Hearing, Kernel, Pages};
 use crate::peer::stream::{lock, Heartbeat};
@@ -158,33 +158,12 @@ pub fn run(plan: &Plan, parts: &mut Parts, link: Link, pace: &mut Pace) -> End {
         Ok(heartbeat) => heartbeat,
         Err(e) => return End::Failed(e),
     };
-    let (known, learnt) = channel();
-    let (cursor, cursors) = channel();
-    let mut of_disks = None;
-    let disks = match (parts.disks.as_mut(), disks) {
-        (Some(disks), Some(link)) => {
-            let queue = Arc::clone(&disks.queue);
-            of_disks = Some((
-                queue,
-                link.sender.clone(),
-                link.receiver,
-                disks.list.clone(),
-            ));
-            Some(DiskWork {
-                disks,
-                sender: link.sender,
-                held: link.held,
-                known: learnt,
-                cursors: cursor,
-            })
-        }
-        _ => None,
-    };
-    let ends_disks = of_disks.as_ref().map(|(_, sender, _, _)| sender.clone());
+    let ends_disks = disks.as_ref().map(|link| link.sender.clone());
+    let of_disks = parts.disks.as_mut().zip(disks);
     let mut epochs = Epochs {
         common: &common,
         guest: parts.guest.as_mut(),
-        disks,
+        disks: None,
         sealer: parts.sealer.as_mut(),
         copier: None,
         orders: &parts.orders,
@@ -224,24 +203,8 @@ pub fn run(plan: &Plan, parts: &mut Parts, link: Link, pace: &mut Pace) -> End {
             receiver.spawn_scoped(scope, receiving)?;
             let output = Builder::new().name("output".into());
             output.spawn_scoped(scope, listening)?;
-            if let Some((queue, sender, receiver, list)) = of_disks {
-                let sending = Arc::clone(&queue);
-                let over = || lock(&common.state).end.is_some();
-                let send = move || {
-                    if let Err(e) = disks::stream::send(&sending, &sender, &cursors, over) {
-                        common.unsent(&e);
-                    }
-                };
-                Builder::new()
-                    .name("disk sender".into())
-                    .spawn_scoped(scope, send)?;
-                let hear = move || {
-                    let why = disks::stream::receive(&queue, receiver, &list, &known);
-                    common.lost(why);
-                };
-                Builder::new()
-                    .name("disk receiver".into())
-                    .spawn_scoped(scope, hear)?;
+            if let Some((disks, link)) = of_disks {
+                epochs.disks = Some(DiskWork::start(scope, common, disks, link)?);
             }
             Ok(jobs)
         });
@@ -249,6 +212,8 @@ pub fn run(plan: &Plan, parts: &mut Parts, link: Link, pace: &mut Pace) -> End {
             Ok(jobs) => epochs.run(held, jobs),
             Err(e) => common.end(End::Failed(e)),
         }
+        // Whoever waits for what it has to say need not any more.
+        epochs.disks = None;
         common.changed.notify_all();
         // The standby must not take over after an end in good order, and must at once after a failure.
         let last = match &lock(&common.state).end {

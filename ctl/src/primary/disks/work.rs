@@ -2,7 +2,9 @@
 
 //! What the thread that stops the guest does with its disks.
 
-use std::sync::mpsc::{Receiver as Queued, Sender as Sink, TryRecvError};
+use std::sync::mpsc::{channel, Receiver as Queued, Sender as Sink, TryRecvError};
+use std::sync::Arc;
+use std::thread::{Builder, Scope};
 
 use anyhow::{bail, Context, Result};
 use remus_proto::frame::Kind;
@@ -10,9 +12,11 @@ use remus_proto::frame::Kind;
 use super::copy::Known;
 use super::mirror;
 use super::queue::{Cursor, Through};
+use super::stream::{self, DiskLink};
 use super::Disks;
 use crate::host::qmp::Qmp;
-use crate::peer::stream::Sender;
+use crate::peer::stream::{lock, Sender};
+use crate::primary::state::Common;
 
 /// The disks of a guest, for as long as one connection lasts.
 pub(in crate::primary) struct DiskWork<'a> {
@@ -39,7 +43,45 @@ pub(in crate::primary) enum Stage {
     Synced,
 }
 
-impl DiskWork<'_> {
+impl<'a> DiskWork<'a> {
+    /// Starts the threads of the disk stream. They end when that ends and what is returned is dropped.
+    pub(in crate::primary) fn start<'scope>(
+        scope: &'scope Scope<'scope, '_>,
+        common: &'scope Common<'scope>,
+        disks: &'a mut Disks,
+        link: DiskLink,
+    ) -> Result<Self> {
+        let (told, known) = channel();
+        let (cursors, to_send) = channel();
+        let DiskLink {
+            sender,
+            receiver,
+            held,
+        } = link;
+        let (queue, stream) = (Arc::clone(&disks.queue), sender.clone());
+        let over = || lock(&common.state).end.is_some();
+        let sending = move || {
+            if let Err(e) = stream::send(&queue, &stream, &to_send, over) {
+                common.lost(format!("{e:#}"));
+            }
+        };
+        let (queue, list) = (Arc::clone(&disks.queue), disks.list.clone());
+        let hearing = move || common.lost(stream::receive(&queue, receiver, &list, &told));
+        Builder::new()
+            .name("disk sender".into())
+            .spawn_scoped(scope, sending)?;
+        Builder::new()
+            .name("disk receiver".into())
+            .spawn_scoped(scope, hearing)?;
+        Ok(Self {
+            disks,
+            sender,
+            held,
+            known,
+            cursors,
+        })
+    }
+
     /// Goes on where the standby is, if what it lacks is all here. Whether that is so.
     pub(in crate::primary) fn go_on(&self) -> Result<bool> {
         let cursor = match self.held {
