@@ -12,7 +12,7 @@
 
 use std::time::Duration;
 
-use anyhow::{anyhow, bail, Context, Error, Result};
+use anyhow::{anyhow, Error, Result};
 use remus_proto::disk::Disks;
 use remus_proto::frame::{Header, Kind};
 
@@ -153,13 +153,4 @@ enum Trouble {
 
 fn there(why: String) -> Trouble {
     Trouble::There(anyhow!(why))
-}
-
-/// What a caller says of its disks.
-pub(crate) fn described(caller: &Caller, token: u128) -> Result<Disks> {
-    let disks = caller.disks().context("it brings no disk stream")?;
-    if disks.token != token {
-        bail!("its disk stream belongs to another connection");
-    }
-    Ok(disks)
 }

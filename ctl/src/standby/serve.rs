@@ -20,12 +20,13 @@ use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, Context, Error, Result};
+use remus_proto::disk::Disks;
 use remus_proto::frame::{Kind, Stamp, Token, Welcome};
 use rustix::rand::{getrandom, GetRandomFlags};
 
 use super::apply::apply_all;
 use super::caller::{refuse, Caller, Callers, INTRODUCTION};
-use super::disk_stream::{described, DiskStream};
+use super::disk_stream::DiskStream;
 use super::disks::Store;
 use super::stage::Staging;
 use crate::host::kernel::{Image, Machine};
@@ -155,13 +156,13 @@ pub fn serve(caller: Caller, offer: &Offer, held: &mut Held, parts: &mut Parts<'
         return End::Other(Box::new(caller));
     }
     let (control, mut receiver, handle) = caller.accept(generation);
-    let welcomed = welcome(&control, offer, held.epoch, parts.callers).and_then(|(token, data)| {
-        let disks = parts.disks.map(|store| {
-            let caller = disk_caller(parts.callers, token)?;
-            let disks = described(&caller, token.0)?;
+    let has_disks = parts.disks.is_some();
+    let streams = welcome(&control, offer, held.epoch, has_disks, parts.callers);
+    let welcomed = streams.and_then(|(data, disks)| {
+        let attach = |(store, (caller, disks)): (_, (_, Disks))| {
             DiskStream::attach(caller, &disks, store, generation, run, FOR_EVER)
-        });
-        Ok((data, disks.transpose()?))
+        };
+        Ok((data, parts.disks.zip(disks).map(attach).transpose()?))
     });
     let (data, disks) = match welcomed {
         Ok(streams) => streams,
@@ -238,13 +239,14 @@ pub fn serve(caller: Caller, offer: &Offer, held: &mut Held, parts: &mut Parts<'
     }
 }
 
-/// Welcomes the primary, and waits for its data stream.
+/// Welcomes the primary, and waits for the streams that it brings, in whatever order they come.
 fn welcome(
     control: &Sender,
     offer: &Offer,
     held: u64,
+    has_disks: bool,
     callers: &Callers,
-) -> Result<(Token, Caller)> {
+) -> Result<(Caller, Option<(Caller, Disks)>)> {
     let mut random = [0; 16];
     getrandom(&mut random, GetRandomFlags::empty()).context("no random numbers")?;
     let token = Token(u128::from_le_bytes(random));
@@ -254,30 +256,30 @@ fn welcome(
         token,
     };
     control.send(Kind::Welcome, 0, &welcome.encode())?;
-    match next_caller(callers, |caller| caller.attaches(token)) {
-        Some(caller) => Ok((token, caller)),
-        None => Err(anyhow!("no data stream came")),
-    }
-}
-
-/// Waits for the disk stream that belongs to `token`.
-fn disk_caller(callers: &Callers, token: Token) -> Result<Caller> {
-    let brings = |caller: &Caller| caller.disks().is_some_and(|disks| disks.token == token.0);
-    next_caller(callers, brings).context(
-        "the primary brings no disks, but there are some here: use the same configuration on both hosts",
-    )
-}
-
-fn next_caller(callers: &Callers, wanted: impl Fn(&Caller) -> bool) -> Option<Caller> {
+    let (mut data, mut disks) = (None, None);
     let begin = Instant::now();
     while begin.elapsed() < INTRODUCTION {
-        match callers.next(TICK) {
-            Some((caller, _)) if wanted(&caller) => return Some(caller),
-            Some((caller, _)) => caller.refuse(Kind::Error, BUSY),
-            None => {}
+        let Some((caller, _)) = callers.next(TICK) else {
+            continue;
+        };
+        match caller.disks().filter(|disks| disks.token == token.0) {
+            _ if caller.attaches(token) => data = Some(caller),
+            Some(described) if has_disks => disks = Some((caller, described)),
+            Some(_) => caller.refuse(Kind::Error, NO_DISKS),
+            None => caller.refuse(Kind::Error, BUSY),
+        }
+        if disks.is_some() == has_disks {
+            if let Some(data) = data.take() {
+                return Ok((data, disks));
+            }
         }
     }
-    None
+    Err(match data {
+        None => anyhow!("no data stream came"),
+        Some(_) => anyhow!(
+            "the primary brings no disks, but there are some here: use the same configuration on both hosts"
+        ),
+    })
 }
 
 /// What another caller is told meanwhile.
