@@ -62,6 +62,7 @@ class Rounds(measure.Bench):
 
     def __init__(self, number, options, measured=None):
         super().__init__(number, options, measured or {way: {} for way in WAYS}, "bench/disk")
+        self.number = number
 
     def begin(self):
         self.add_disks(["raw"], 0, verify=False)
