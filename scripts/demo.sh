@@ -29,7 +29,7 @@ guest=$("$TOP/scripts/guest.sh")
 say "booting the machine that holds both hosts"
 # Both hosts' guests and what is copied on write, besides the system itself; the disks' images are in memory, too.
 seconds=120 space=0
-[ -z "$disks" ] || seconds=300 space=2048
+[ -z "$disks" ] || seconds=900 space=2048
 machine() {
     "$TOP/scripts/vm.sh" --timeout $((120 + runs * seconds)) --memory $((1536 + 3 * memory + space)) --out "$TOP/build/vm/demo" \
         -- "$TOP/tests/demo/run" --guest "$guest" "$@"

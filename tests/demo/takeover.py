@@ -32,7 +32,7 @@ from hosts import (
 # A frame that a commit has let go before the death may still be on its way through the kernel.
 GRACE_S = 0.5
 # For the last round of fio, and what else a guest does before its disks are still, in seconds.
-STILL_LIMIT = 300
+STILL_LIMIT = 900
 
 
 class Takeover(Hosts):
