@@ -297,7 +297,7 @@ fn copies_and_goes_on(qcow2: bool) {
     target.drain(&rig.queue, &mut cursor);
     assert_eq!(target.frames, [-7, 8, -8, 9, -9, 10]);
     assert!(rig.state().synced);
-    rig.queue.applied(9);
+    assert!(rig.queue.applied(9));
     assert!(rig.queue.level().held > 1024);
     assert!(rig.queue.level().held < 2048);
 
@@ -524,14 +524,13 @@ fn a_pause_is_whole() {
         // As it is: nothing that would wait for a write.
         same(&fs::read(&rig.source).unwrap(), &target.image);
         assert!(rig.state().synced);
-        rig.queue.applied(epoch);
+        assert!(rig.queue.applied(epoch));
         assert_eq!(rig.queue.level().held, 0);
     }
 }
 
 /// At the bound a write waits, and goes on when there is room; a pause ends all the same.
 #[test]
-#[ignore = "came to no end in 2 of some 20 runs, why is not known yet; the queue alone has its own test"]
 fn a_full_queue_makes_writes_wait() {
     const BOUND: u64 = 256 << 10;
     let mut rig = Rig::new(false, BOUND, false);
@@ -540,7 +539,9 @@ fn a_full_queue_makes_writes_wait() {
     rig.mirror();
     rig.copy(&mut cursor, &mut target);
     rig.queue.seal(1);
-    rig.queue.applied(1);
+    // The last of the copy may have come after it was looked for.
+    target.drain(&rig.queue, &mut cursor);
+    assert!(rig.queue.applied(1));
     rig.qmp.execute("cont", json!({})).unwrap();
     assert!(!rig.queue.is_half_full());
     rig.io("aio_write -P 0x61 0 200k");
@@ -560,7 +561,7 @@ fn a_full_queue_makes_writes_wait() {
     until("another", LONG, || rig.queue.level().waiting > 0);
     target.drain(&rig.queue, &mut cursor);
     assert_ne!(target.image[2 << 20], 0x63);
-    rig.queue.applied(2);
+    assert!(rig.queue.applied(2));
     until("room", LONG, || rig.queue.level().waiting == 0);
     rig.qmp.execute("stop", json!({})).unwrap();
     target.drain(&rig.queue, &mut cursor);

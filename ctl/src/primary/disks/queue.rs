@@ -82,6 +82,8 @@ struct Inner {
     whole: Option<Mark>,
     /// The newest epoch that was sealed.
     sealed: u64,
+    /// The newest epoch whose mark went to the standby.
+    sent: u64,
     /// The newest epoch that the standby has in its images.
     applied: u64,
     /// Which cursor may go on.
@@ -140,6 +142,7 @@ impl Queue {
                 marks: VecDeque::new(),
                 whole: None,
                 sealed: 0,
+                sent: 0,
                 applied: 0,
                 round: 0,
                 known: Vec::new(),
@@ -185,7 +188,7 @@ impl Queue {
         }
         let at = inner.position(after)?;
         let mut cursor = self.cursor(&mut inner, at);
-        cursor.sealed = after;
+        (cursor.sealed, inner.sent) = (after, after);
         Some(cursor)
     }
 
@@ -306,9 +309,13 @@ impl Queue {
         }
     }
 
-    /// The standby has all up to `epoch` in its images: forgets it.
-    pub fn applied(&self, epoch: u64) {
+    /// The standby has all up to `epoch` in its images: forgets it. Whether that can be: it had to be sent.
+    #[must_use]
+    pub fn applied(&self, epoch: u64) -> bool {
         let mut inner = lock(&self.inner);
+        if epoch > inner.sent {
+            return false;
+        }
         inner.applied = inner.applied.max(epoch);
         while let Some(mark) = inner.marks.front().copied() {
             if mark.epoch > epoch {
@@ -318,6 +325,7 @@ impl Queue {
             inner.forget(mark.at);
         }
         self.room.notify_all();
+        true
     }
 
     /// What is to be sent next; waits for `patience` if there is nothing. Of changes, `frame` gets
@@ -330,9 +338,13 @@ impl Queue {
         loop {
             let next = inner.next(cursor, frame);
             if next != Next::Nothing {
-                if next == Next::Changes(0) {
-                    inner.forget(cursor.at);
-                    self.room.notify_all();
+                match next {
+                    Next::Changes(0) => {
+                        inner.forget(cursor.at);
+                        self.room.notify_all();
+                    }
+                    Next::Seal(epoch) => inner.sent = epoch,
+                    _ => {}
                 }
                 return next;
             }
@@ -649,7 +661,7 @@ mod tests {
                     for _ in 0..*epochs {
                         self.apply();
                     }
-                    self.queue.applied(self.whole);
+                    assert!(self.queue.applied(self.whole));
                 }
                 Step::Lose(keep, back) => {
                     self.lose(*keep);
@@ -712,9 +724,14 @@ mod tests {
             while model.apply() {}
             prop_assert_eq!(model.whole, model.sealed);
             prop_assert_eq!(&model.image, &model.disk);
-            model.queue.applied(model.whole);
+            prop_assert!(model.queue.applied(model.whole));
             prop_assert_eq!(model.queue.level().held, 0);
         }
+    }
+
+    /// Sends all that there is.
+    fn send(queue: &Queue, cursor: &mut Cursor) {
+        while queue.next(cursor, &mut Vec::new(), AT_ONCE) != Next::Nothing {}
     }
 
     #[test]
@@ -734,12 +751,17 @@ mod tests {
     #[test]
     fn an_image_that_is_too_old() {
         let queue = Queue::new(1000);
-        queue.copy(Vec::new());
+        let mut cursor = queue.copy(Vec::new());
         for epoch in 1..4 {
             queue.seal(epoch);
             queue.push(write(0, &[1; 84])).unwrap();
         }
-        queue.applied(2);
+        // What was not sent cannot be there, and is not forgotten.
+        assert!(!queue.applied(1));
+        assert_eq!(queue.level().held, 300);
+        send(&queue, &mut cursor);
+        assert!(queue.applied(2));
+        assert!(!queue.applied(4));
         assert!(queue.resume(1).is_none());
         assert!(queue.resume(2).is_some());
     }
@@ -766,7 +788,8 @@ mod tests {
             let waits = push();
             until_waiting(1);
             queue.seal(2);
-            queue.applied(2);
+            send(&queue, &mut cursor);
+            assert!(queue.applied(2));
             assert_eq!(waits.join().unwrap(), Ok(()));
             assert_eq!(queue.level().held, 100);
             // In a pause nothing waits.

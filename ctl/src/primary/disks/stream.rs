@@ -109,7 +109,13 @@ pub(in crate::primary) fn receive(
             Err(e) => return format!("the disk stream ended: {e}"),
         };
         match header.kind {
-            Kind::DiskApplied => queue.applied(header.epoch),
+            Kind::DiskApplied if queue.applied(header.epoch) => {}
+            Kind::DiskApplied => {
+                let epoch = header.epoch;
+                return format!(
+                    "it says that it has the disks of epoch {epoch}, which it cannot have"
+                );
+            }
             Kind::DiskSums => match Sums::decode(&payload) {
                 Ok(sums) => {
                     if let Some(known) = learnt.get_mut(usize::from(sums.disk)) {
