@@ -13,20 +13,21 @@ use crate::{
         Leaf, //
     },
 };
+// As in `core::dirty`: with the kernel's own each addition to a set would cost a call.
+use core::sync::atomic::{
+    AtomicU64,
+    Ordering, //
+};
 use kernel::{
     alloc::flags::GFP_KERNEL_ACCOUNT,
-    prelude::*,
-    sync::atomic::{
-        Atomic,
-        Relaxed, //
-    },
+    prelude::*, //
 };
 
 /// A set of page numbers, to which any number of threads add at once. It costs a page of memory for each
 /// 128 MiB in which there is something.
 pub(crate) struct PageSet {
     leaves: Pin<KBox<Array<KBox<Leaf<Words>>>>>,
-    count: Atomic<u64>,
+    count: AtomicU64,
 }
 
 impl PageSet {
@@ -34,13 +35,13 @@ impl PageSet {
     pub(crate) fn new() -> Result<Self> {
         Ok(Self {
             leaves: KBox::pin_init(Array::new(), GFP_KERNEL_ACCOUNT)?,
-            count: Atomic::new(0),
+            count: AtomicU64::new(0),
         })
     }
 
     /// How many pages are in it.
     pub(crate) fn count(&self) -> u64 {
-        self.count.load(Relaxed)
+        self.count.load(Ordering::Relaxed)
     }
 
     fn leaf(&self, number: u64, payer: &Memcg) -> Result<&Leaf<Words>> {
@@ -58,7 +59,7 @@ impl PageSet {
     /// Adds a page. Fails if there is no memory for its leaf, which there is after [`make_room`](Self::make_room).
     pub(crate) fn insert(&self, page: u64, payer: &Memcg) -> Result {
         if self.leaf(page / dirty::PAGES, payer)?.insert(page) {
-            self.count.fetch_add(1, Relaxed);
+            self.count.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
     }
@@ -101,7 +102,7 @@ impl PageSet {
         let mut number = 0;
         while let Some((found, leaf)) = other.leaves.next(number) {
             if let Some(own) = self.leaves.get(found) {
-                self.count.fetch_add(own.merge(leaf), Relaxed);
+                self.count.fetch_add(own.merge(leaf), Ordering::Relaxed);
             }
             number = found + 1;
         }

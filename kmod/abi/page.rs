@@ -143,23 +143,33 @@ impl Drop for Block {
 ///
 /// # Invariants
 ///
-/// The page has a kernel address, and is written through this alone.
-pub(crate) struct Words(Page);
+/// `words` is the kernel address of `page`, and the page is written through this alone.
+pub(crate) struct Words {
+    page: Page,
+    words: NonNull<[AtomicU64; PAGE_SIZE / 8]>,
+}
+
+// SAFETY: The words go with the page, whoever owns it.
+unsafe impl Send for Words {}
+// SAFETY: They are atomic.
+unsafe impl Sync for Words {}
 
 impl Words {
     /// A page with whatever was in it, charged to a memory cgroup. May sleep.
     pub(crate) fn new() -> Result<Self, AllocError> {
         // SAFETY: May be called by whoever may sleep.
         let page = unsafe { bindings::remus_page_alloc_low() };
+        let page = NonNull::new(page).map(Page).ok_or(AllocError)?;
+        // SAFETY: The page is valid, and was asked for with an address.
+        let words = unsafe { bindings::remus_page_address(page.0.as_ptr()) };
         // INVARIANT: A new page comes with one reference, and this one with an address.
-        NonNull::new(page)
-            .map(|page| Self(Page(page)))
-            .ok_or(AllocError)
+        let words = NonNull::new(words.cast()).ok_or(AllocError)?;
+        Ok(Self { page, words })
     }
 
     /// The page.
     pub(crate) fn page(&self) -> &Page {
-        &self.0
+        &self.page
     }
 }
 
@@ -167,9 +177,9 @@ impl core::ops::Deref for Words {
     type Target = [AtomicU64; PAGE_SIZE / 8];
 
     fn deref(&self) -> &Self::Target {
-        // SAFETY: By the type invariant it has an address, where a page of memory is, aligned, and any
-        // bits make a number. Whoever maps it only reads.
-        unsafe { &*bindings::remus_page_address(self.0 .0.as_ptr()).cast() }
+        // SAFETY: By the type invariant a page of memory is there, aligned, and any bits make a number.
+        // Whoever maps it only reads.
+        unsafe { self.words.as_ref() }
     }
 }
 
