@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use ring::digest::{digest, SHA256};
+use rustix::process::{kill_process, Pid, Signal};
 
 use super::machine::{self, command, connect, counter, directory, memory_file, Killed};
 use super::model::{flaky, until, Failure, Model, Patient, Random};
@@ -580,6 +581,63 @@ fn no_space(blocks: u64, afterwards: bool) {
     scene.stop.store(true, Ordering::SeqCst);
     let end = protecting.join().unwrap();
     assert!(matches!(end, protect::End::Asked), "{end}");
+}
+
+/// nbdkit is killed, in the first copy or after it: that ends protection and is said, and the guest goes on.
+fn without_nbdkit(in_copy: bool) {
+    const BOUND: u64 = 1 << 20;
+    let mut scene = Scene::new(BOUND);
+    let nbdkit = scene.disks.as_ref().unwrap().nbdkit();
+    let (ram, store) = (scene.at("b.ram"), scene.store(Durability::Memory, BOUND));
+    let (callers, address) = callers();
+    let receiving = thread::spawn(move || stand_by(&callers, &ram, &store, &|_| {}));
+    let mut streams = 0;
+    let connect = move || {
+        streams += 1;
+        if !in_copy || streams != 3 {
+            return channel_to(address).map(|(channel, _)| channel);
+        }
+        let stream = flaky(
+            address,
+            Arc::new(AtomicUsize::new(usize::MAX)),
+            Failure::Slow,
+        );
+        Channel::connect(stream, &Way::Plain, TIMEOUT)
+    };
+    let protecting = scene.protect(connect, channel().1);
+    if in_copy {
+        let (copy, before) = (scene.at("b.img"), sum(&scene.at("b.img")));
+        until("the copy to begin", LONG, || sum(&copy) != before);
+        assert_eq!(scene.commits(), 0);
+    } else {
+        until("commits", LONG, || scene.commits() >= 3);
+    }
+    let pid = Pid::from_raw(nbdkit as i32).unwrap();
+    kill_process(pid, Signal::KILL).unwrap();
+    until("the end of protection", LONG, || protecting.is_finished());
+    let end = protecting.join().unwrap();
+    let told = format!("{end}");
+    assert!(matches!(end, protect::End::Failed(_)), "{told}");
+    assert!(
+        told.contains("nbdkit") && told.contains("protect the guest again"),
+        "{told}"
+    );
+    let (ram, image) = (scene.at("a.ram"), scene.at("a.img"));
+    let (at, before) = (counter(&ram), sum(&image));
+    until("the guest to write on", LONG, || {
+        counter(&ram) > at && sum(&image) != before
+    });
+    receiving.join().unwrap();
+}
+
+#[test]
+fn without_nbdkit_in_the_first_copy() {
+    without_nbdkit(true);
+}
+
+#[test]
+fn without_nbdkit_afterwards() {
+    without_nbdkit(false);
 }
 
 #[test]

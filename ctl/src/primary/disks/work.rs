@@ -104,16 +104,6 @@ impl<'a> DiskWork<'a> {
         if let Some(cursor) = missed {
             self.sender.send(Kind::DiskState, 0, &[])?;
             let _ = self.cursors.send(cursor);
-            let states = mirror::states(qmp, &self.disks.list)?;
-            for (disk, _) in self
-                .disks
-                .list
-                .iter()
-                .zip(states)
-                .filter(|(_, s)| s.stopped)
-            {
-                mirror::resume(qmp, disk)?;
-            }
             return self.copied(qmp);
         }
         queue.track();
@@ -139,8 +129,20 @@ impl<'a> DiskWork<'a> {
         }
     }
 
-    fn copied(&self, qmp: &mut Qmp) -> Result<Stage> {
+    /// How far the mirrors are. Those that an error has stopped go on, with what they have missed: until
+    /// now nothing was taken, or QEMU hears only now of that.
+    fn copied(&mut self, qmp: &mut Qmp) -> Result<Stage> {
+        if let Some(status) = self.disks.server.ended()? {
+            bail!(
+                "nbdkit, which takes the changes of the disks from QEMU, ended ({status}): protect the guest again"
+            );
+        }
         let states = mirror::states(qmp, &self.disks.list)?;
+        for (disk, state) in self.disks.list.iter().zip(&states) {
+            if state.stopped {
+                mirror::resume(qmp, disk)?;
+            }
+        }
         if states.iter().all(|state| state.synced) {
             return Ok(Stage::Synced);
         }
