@@ -37,6 +37,10 @@ use crate::{
         Refusal, //
     },
 };
+use core::sync::atomic::{
+    AtomicU64,
+    Ordering, //
+};
 use kernel::{
     impl_has_work,
     new_mutex,
@@ -300,8 +304,9 @@ pub(crate) struct Domain {
     /// domain for longer, and the name must be free by then.
     #[pin]
     device: Mutex<Option<ramdev::Registration<Ram>>>,
-    /// The open epoch, for the packets' path: a copy of what `state` says.
-    open: Atomic<u64>,
+    /// The open epoch, for the packets' path: a copy of what `state` says. Not the kernel's own atomic, of
+    /// which a load is a call.
+    open: AtomicU64,
     /// Packets in all ports, and their memory, while there is a limit; what is not handed on yet counts
     /// too.
     packets: Atomic<i64>,
@@ -352,7 +357,7 @@ impl Domain {
                 implicit,
                 ram,
                 device <- new_mutex!(device, "remus_device"),
-                open: Atomic::new(epochs.open()),
+                open: AtomicU64::new(epochs.open()),
                 packets: Atomic::new(0),
                 memory: Atomic::new(0),
                 limit_packets: Atomic::new(0),
@@ -387,7 +392,7 @@ impl Domain {
     /// The open epoch, for a packet that arrives now. Any context; [`Port`] says why this may be
     /// read without the domain's lock.
     pub(crate) fn open_epoch(&self) -> u64 {
-        self.open.load(Acquire)
+        self.open.load(Ordering::Acquire)
     }
 
     /// A packet is to be held, with so many bytes of memory. False if that is beyond a limit. Any context.
@@ -558,7 +563,7 @@ impl Domain {
             None => 0,
         };
         state.epochs.seal().map_err(|r| refused(r, 0))?;
-        self.open.store(state.epochs.open(), Release);
+        self.open.store(state.epochs.open(), Ordering::Release);
         let done = state.each_port(epoch, pages, |port| port.sealed(epoch, keep));
         Ok(done.since(start))
     }

@@ -440,10 +440,22 @@ impl Port {
         if queue.state.released == 0 && !queue.fifo_is_empty() {
             return queue.fifo_dequeue();
         }
+        if queue.state.counted {
+            self.first_gone(queue.state);
+        }
         let packet = queue.state.pop()?;
         queue.state.budget -= 1;
-        self.gone(queue.state, 1, packet.memory().into());
         Some(queue.sent(packet))
+    }
+
+    /// The first packet will not be here any more, if it may go. Apart from [`next_outgoing`](Self::next_outgoing),
+    /// which then calls nothing else and needs no stack: most domains have no limit.
+    #[cold]
+    #[inline(never)]
+    fn first_gone(&self, state: &State) {
+        if let Some(memory) = state.queue.first_due(state.due()) {
+            self.domain.give(1, memory);
+        }
     }
 
     /// So many packets are not here any more.
@@ -513,7 +525,7 @@ impl Port {
                 state.hold_last_ns = self.now().saturating_sub(since);
                 state.hold_max_ns = state.hold_max_ns.max(state.hold_last_ns);
             }
-            (sum, state.queue.is_due(state.due()))
+            (sum, state.queue.first_due(state.due()).is_some())
         });
         let (sum, due) = done.unwrap_or_default();
         if due {

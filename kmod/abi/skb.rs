@@ -71,6 +71,7 @@ impl Packet {
     /// Makes a received packet independent of its sender. False if there is no memory for it: such
     /// a packet cannot be held, as the sender could still change it.
     #[must_use]
+    #[inline]
     pub(crate) fn detach(&mut self) -> bool {
         // SAFETY: The packet is valid and owned by the type invariant.
         unsafe { bindings::remus_skb_detach(self.0.as_ptr()) }
@@ -162,10 +163,11 @@ impl PacketQueue {
         self.tail = skb;
     }
 
-    /// Whether the first packet's epoch is at most `epoch`.
-    pub(crate) fn is_due(&self, epoch: u64) -> bool {
+    /// [`Packet::memory`] of the first packet, if its epoch is at most `epoch`.
+    pub(crate) fn first_due(&self, epoch: u64) -> Option<u64> {
+        let first = NonNull::new(self.head)?.as_ptr();
         // SAFETY: The chain is valid by the type invariant, and each packet has an epoch.
-        !self.head.is_null() && unsafe { *epoch_of(self.head) <= epoch }
+        unsafe { (*epoch_of(first) <= epoch).then(|| (*first).truesize.into()) }
     }
 
     /// Takes out the first packet if its epoch is at most `epoch`.

@@ -139,7 +139,7 @@ impl<S: DerefMut<Target = [Record]>> Ledger<S> {
         while let Some(record) = self.at(0).filter(|r| r.epoch <= epoch) {
             sum.add(record.sum);
             since = since.or(Some(record.since));
-            self.head = (self.head + 1) % self.room.len().max(1);
+            self.head = self.place(1);
             self.len -= 1;
         }
         self.sealed.sub(sum);
@@ -177,10 +177,9 @@ impl<S: DerefMut<Target = [Record]>> Ledger<S> {
         let (record, at) = (self.open, self.len);
         if record.sum.packets > 0 {
             self.sealed.add(record.sum);
-            let size = self.room.len();
-            if at < size {
-                let slot = (self.head + at) % size;
-                if let Some(to) = self.room.get_mut(slot) {
+            if at < self.room.len() {
+                let place = self.place(at);
+                if let Some(to) = self.room.get_mut(place) {
                     *to = record;
                     self.len += 1;
                 }
@@ -196,20 +195,28 @@ impl<S: DerefMut<Target = [Record]>> Ledger<S> {
         };
     }
 
+    /// Where the record is, or will be, that is so many after the first; at most as many as there is room for.
+    fn place(&self, index: usize) -> usize {
+        let (place, size) = (self.head + index, self.room.len());
+        if place < size {
+            place
+        } else {
+            place - size
+        }
+    }
+
     fn slot(&mut self, index: usize) -> Option<&mut Record> {
-        let size = self.room.len();
         if index >= self.len {
             return None;
         }
-        let slot = (self.head + index) % size;
-        self.room.get_mut(slot)
+        let place = self.place(index);
+        self.room.get_mut(place)
     }
 
     fn at(&self, index: usize) -> Option<Record> {
-        let room = &self.room;
         if index >= self.len {
             return None;
         }
-        room.get((self.head + index) % room.len()).copied()
+        self.room.get(self.place(index)).copied()
     }
 }

@@ -7,7 +7,7 @@
 //! `nbdkit --filter=nozero libremus_nbdkit.so socket=PATH`. The filter is there because nbdkit offers
 //! to write zeros whatever a plugin says, and QEMU's mirror would begin with zeros all over.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -74,8 +74,15 @@ impl Disk {
 }
 
 fn exchange(stream: &mut UnixStream, request: &Request, data: &[u8]) -> io::Result<i32> {
-    stream.write_all(&request.encode())?;
-    stream.write_all(data)?;
+    let request = request.encode();
+    // Both at once, as far as they go.
+    let sent = match stream.write_vectored(&[IoSlice::new(&request), IoSlice::new(data)]) {
+        Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
+        sent => sent?,
+    };
+    stream.write_all(request.get(sent..).unwrap_or_default())?;
+    let rest = data.get(sent.saturating_sub(request.len())..);
+    stream.write_all(rest.unwrap_or_default())?;
     let mut answer = [0; 4];
     stream.read_exact(&mut answer)?;
     Ok(i32::from_le_bytes(answer))

@@ -6,6 +6,8 @@ from summary import dig, line, note, ratio
 
 # At least.
 TARGETS = {"vs_sync_mirror": 0.9, "read_ratio": 0.95}
+# Whose processor time is counted.
+PARTS = "qemu", "nbdkit", "protect", "standby"
 
 
 def figure(values, target=None):
@@ -33,9 +35,12 @@ def report(items, command, resets):
         # How many times as long.
         "fsync_latency_ratio": figure(ratios("protected", "unprotected", "rand_write", "fsync_ms")),
         "read_ratio": figure(ratios("protected", "unprotected", "seq_read", "bytes_per_s"), TARGETS["read_ratio"]),
-        "vs_sync_mirror": {
-            "seq_write": figure(ratios("protected", "mirror", "seq_write", "bytes_per_s"), TARGETS["vs_sync_mirror"]),
-            "rand_write": figure(ratios("protected", "mirror", "rand_write", "iops"), TARGETS["vs_sync_mirror"]),
+        **{
+            f"vs_sync_{way}": {
+                "seq_write": figure(ratios("protected", way, "seq_write", "bytes_per_s"), target),
+                "rand_write": figure(ratios("protected", way, "rand_write", "iops"), target),
+            }
+            for way, target in (("mirror", TARGETS["vs_sync_mirror"]), ("mirror_tls", None))
         },
         "apply_ms": {"seq_write": figure(of("protected", "seq_write", "apply_ms", "p50")), "rand_write": figure(applied)},
         "absolute": {
@@ -45,8 +50,13 @@ def report(items, command, resets):
                 "fsync_ms": figure(of(way, "rand_write", "fsync_ms")),
                 "fsync_p99_ms": figure(of(way, "rand_write", "fsync_p99_ms")),
                 "seq_read_mb_per_s": figure([v and v / 1e6 for v in of(way, "seq_read", "bytes_per_s")]),
+                # For a MiB, and for a write at random.
+                "cpu_ms": {
+                    kind: {name: figure(of(way, kind, "cpu_ms", name)) for name in PARTS if any(of(way, kind, "cpu_ms", name))}
+                    for kind in ("seq_write", "rand_write", "seq_read")
+                },
             }
-            for way in ("unprotected", "protected", "mirror")
+            for way in ("unprotected", "protected", "mirror", "mirror_tls")
         },
     }  # fmt: skip
     out["note"] = note(out)
@@ -61,6 +71,8 @@ def show(out):
     line("reads in sequence / unprotected", out["read_ratio"])
     line("writes in sequence / QEMU's mirror", out["vs_sync_mirror"]["seq_write"])
     line("writes at random / QEMU's mirror", out["vs_sync_mirror"]["rand_write"])
+    line("writes in sequence / QEMU's mirror with TLS", out["vs_sync_mirror_tls"]["seq_write"])
+    line("writes at random / QEMU's mirror with TLS", out["vs_sync_mirror_tls"]["rand_write"])
     line("standby writes an epoch's changes, in sequence", out["apply_ms"]["seq_write"], "ms")
     line("standby writes an epoch's changes, at random", out["apply_ms"]["rand_write"], "ms")
     for way, got in out["absolute"].items():
@@ -69,5 +81,8 @@ def show(out):
         line("  writes at random", got["rand_write_iops"], "/s")
         line("  fdatasync", got["fsync_ms"], "ms")
         line("  reads in sequence", got["seq_read_mb_per_s"], "MB/s")
+        for kind, what in ("seq_write", "a MiB written"), ("rand_write", "a write at random"), ("seq_read", "a MiB read"):
+            for name, spent in got["cpu_ms"][kind].items():
+                line(f"  processor time of {name}, {what}", spent, "ms")
     if out["note"]:
         print(f"\n  {out['note']}")

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0
 """Measures, in the virtual machine: fio in one guest whose disk is replicated in one way after the other."""
 
+import contextlib
+import glob
 import json
 import os
+import secrets
 import socket
 
 import measure
@@ -19,7 +22,8 @@ LOADS = {
     "seq_read": "--rw=read --bs=1m",
 }
 FIO = f"/bin/fio --name=load --filename={FILE} --size={FILE_MIB}m --direct=1 --ioengine=psync --clocksource=clock_gettime --output-format=json"
-WAYS = "unprotected", "protected", "mirror"
+# The mirror with TLS is as safe from others on the network as the protected guest's disk.
+WAYS = "unprotected", "protected", "mirror", "mirror_tls"
 
 
 class Qmp:
@@ -75,11 +79,13 @@ class Rounds(measure.Bench):
     def window(self, kind):
         """What fio achieves with a load for a while, and what the standby does meanwhile."""
         seconds = self.options.seconds
-        known = len(self.secondary.read())
+        known, before = len(self.secondary.read()), self.busy()
         said = self.ask_guest(f"{FIO} {LOADS[kind]} --time_based --runtime={seconds}", 120 + 4 * seconds)
         job = json.loads(said[said.index("{"):said.rindex("}") + 1])["jobs"][0]
         part = job["read" if kind == "seq_read" else "write"]
         out = {"bytes_per_s": part["bw_bytes"], "iops": round(part["iops"], 2)}
+        done = part["total_ios"] if kind == "rand_write" else part["io_bytes"] / 2**20
+        out["cpu_ms"] = {name: round((now - before.get(name, 0)) * 1000 / done, 3) for name, now in self.busy().items()}
         if kind == "rand_write":
             out["fsync_ms"] = round(job["sync"]["lat_ns"]["mean"] / 1e6, 4)
             out["fsync_p99_ms"] = round(job["sync"]["lat_ns"]["percentile"]["99.000000"] / 1e6, 4)
@@ -89,18 +95,36 @@ class Rounds(measure.Bench):
         tell(f"{kind}: {out['bytes_per_s'] / 1e6:.2f} MB/s" + (f", fdatasync in {out['fsync_ms']:.2f} ms" if "fsync_ms" in out else ""))
         return out
 
-    def mirror(self, out):
+    def busy(self):
+        """Processor seconds so far of those who have to do with the disk."""
+        found = {name: self.processes[name].pid for name in ("qemu", "protect", "standby") if name in self.processes}
+        for path in glob.glob("/proc/[0-9]*/comm"):
+            # Of protect, or the mirror's.
+            with contextlib.suppress(OSError), open(path, encoding="ascii", errors="replace") as file:
+                if file.read() == "nbdkit\n":
+                    found["nbdkit"] = path.split("/")[2]
+        return {name: measure.busy(pid) for name, pid in found.items()}
+
+    def mirror(self, out, tls=False):
         """QEMU's own mirror of the disk, each write on both hosts before the guest hears of it, and no epochs."""
         loads = [kind for kind in LOADS if kind not in out]
         if not loads:
             return
         image = f"{self.disks.directory}/mirror.raw"
         self.disks.create(image, "raw")
-        server = self.start("nbdkit", ["nbdkit", "--foreground", "--ipaddr", BETA_IP, "--port", str(NBD_PORT), "file", image], "beta")
+        how, far = [], {}
+        if tls:
+            # The names are QEMU's.
+            with open(f"{self.disks.directory}/keys.psk", "w", encoding="ascii") as file:
+                file.write(f"qemu:{secrets.token_hex(32)}\n")
+            how, far = ["--tls=require", f"--tls-psk={self.disks.directory}/keys.psk"], {"tls-creds": "tls"}
+        server = self.start("nbdkit", ["nbdkit", "--foreground", "--ipaddr", BETA_IP, "--port", str(NBD_PORT), *how, "file", image], "beta")
         self.wait_for("nbdkit's start", lambda: listens(server.pid, NBD_PORT), 60, "nbdkit")
-        tell("mirror by QEMU")
+        tell("mirror by QEMU" + (" with TLS" if tls else ""))
         with Qmp(f"{self.sockets}/web.qmp") as qmp:
-            qmp.ask("blockdev-add", **{"driver": "nbd", "node-name": "far",
+            if tls:
+                qmp.ask("object-add", **{"qom-type": "tls-creds-psk", "id": "tls", "endpoint": "client", "dir": self.disks.directory})
+            qmp.ask("blockdev-add", **{"driver": "nbd", "node-name": "far", **far,
                                        "server": {"type": "inet", "host": BETA_IP, "port": str(NBD_PORT)}})
             qmp.ask("blockdev-mirror", **{"job-id": "far", "device": "disk0", "target": "far", "sync": "full",
                                           "copy-mode": "write-blocking"})
@@ -111,6 +135,8 @@ class Rounds(measure.Bench):
             qmp.ask("block-job-cancel", device="far", force=True)
             self.wait_for("the end of the mirror", lambda: not qmp.ask("query-block-jobs"), 60, "qemu")
             qmp.ask("blockdev-del", **{"node-name": "far"})
+            if tls:
+                qmp.ask("object-del", id="tls")
         self.processes.pop("nbdkit").terminate()
         server.wait(30)
         os.remove(image)
@@ -127,6 +153,7 @@ class Rounds(measure.Bench):
             "unprotected": lambda: self.unprotected(self.out["unprotected"]),
             "protected": lambda: self.session(("-i", str(self.options.interval)), LOADS, self.out["protected"]),
             "mirror": lambda: self.mirror(self.out["mirror"]),
+            "mirror_tls": lambda: self.mirror(self.out["mirror_tls"], tls=True),
         }
         for turn in range(len(WAYS)):
             turns[WAYS[(turn + self.number) % len(WAYS)]]()

@@ -34,6 +34,10 @@ use super::copy::{self, Known};
 use crate::peer::stream::lock;
 use crate::report::live::DiskLevel;
 
+/// Who sends is woken for so many bytes, or for a seal; what is less goes out when it next looks by itself. So
+/// a small change costs no frame of its own, and a seal has little left to send.
+const BATCH: u64 = 128 << 10;
+
 /// The changes of a guest's disks.
 pub struct Queue {
     inner: Mutex<Inner>,
@@ -84,6 +88,8 @@ struct Inner {
     sealed: u64,
     /// The newest epoch whose mark went to the standby.
     sent: u64,
+    /// How far the sender is.
+    taken: u64,
     /// The newest epoch that the standby has in its images.
     applied: u64,
     /// Which cursor may go on.
@@ -143,6 +149,7 @@ impl Queue {
                 whole: None,
                 sealed: 0,
                 sent: 0,
+                taken: 0,
                 applied: 0,
                 round: 0,
                 known: Vec::new(),
@@ -241,6 +248,7 @@ impl Queue {
                 self.stop_taking(&mut inner);
                 break;
             }
+            self.news.notify_one();
             inner = self
                 .room
                 .wait(inner)
@@ -251,7 +259,9 @@ impl Queue {
             return Err(Refused);
         }
         inner.append(record);
-        self.news.notify_one();
+        if inner.end.saturating_sub(inner.taken) >= BATCH {
+            self.news.notify_one();
+        }
         Ok(())
     }
 
@@ -338,6 +348,7 @@ impl Queue {
         loop {
             let next = inner.next(cursor, frame);
             if next != Next::Nothing {
+                inner.taken = cursor.at;
                 match next {
                     Next::Changes(0) => {
                         inner.forget(cursor.at);
@@ -372,6 +383,7 @@ impl Queue {
 
     fn cursor(&self, inner: &mut Inner, at: u64) -> Cursor {
         inner.round += 1;
+        inner.taken = at;
         inner.alone = false;
         // Whoever sends with an older one is to end.
         self.news.notify_all();

@@ -29,6 +29,8 @@ const START: Duration = Duration::from_secs(20);
 const TICK: Duration = Duration::from_millis(10);
 /// Most bytes that are taken in at once: whole chunks.
 const PIECE: u64 = 1 << 20;
+/// Most bytes of a change that are read together with what it is.
+const SMALL: usize = 16 << 10;
 /// errno(3), as the plugin hands them to QEMU.
 const EIO: i32 = 5;
 const EINVAL: i32 = 22;
@@ -223,7 +225,10 @@ fn listen(command: &mut Command, started: &SyncSender<io::Result<Child>>) -> Str
 }
 
 /// Takes the changes that come over one of the plugin's connections.
-fn attend(mut plugin: UnixStream, disks: &[Disk], queue: &Queue) -> io::Result<()> {
+fn attend(plugin: UnixStream, disks: &[Disk], queue: &Queue) -> io::Result<()> {
+    let mut answers = &plugin;
+    // A small change comes with its data by one call; a long one is read past the buffer.
+    let mut plugin = BufReader::with_capacity(SMALL, &plugin);
     let mut length = [0];
     plugin.read_exact(&mut length)?;
     let [length] = length;
@@ -231,7 +236,7 @@ fn attend(mut plugin: UnixStream, disks: &[Disk], queue: &Queue) -> io::Result<(
     plugin.read_exact(&mut name)?;
     let found = disks.iter().position(|d| d.name.as_bytes() == name);
     let size = found.and_then(|at| disks.get(at)).map_or(0, |d| d.size);
-    plugin.write_all(&size.to_le_bytes())?;
+    answers.write_all(&size.to_le_bytes())?;
     let Some(disk) = found.and_then(|at| u16::try_from(at).ok()) else {
         return Ok(());
     };
@@ -270,6 +275,6 @@ fn attend(mut plugin: UnixStream, disks: &[Disk], queue: &Queue) -> io::Result<(
                 }
             }
         }
-        plugin.write_all(&status.to_le_bytes())?;
+        answers.write_all(&status.to_le_bytes())?;
     }
 }
