@@ -31,6 +31,7 @@ use crate::peer::stream::lock;
 use crate::primary::disks::{self, Disks};
 use crate::primary::keep::keep;
 use crate::primary::link::introduce;
+use crate::primary::pace::Pace;
 use crate::primary::protect::{self, Parts, Plan};
 use crate::report::live::{Ask, Order};
 use crate::report::Report;
@@ -421,6 +422,28 @@ fn comes_back(cuts: usize, bound: u64, durability: Durability, away: Duration) -
     eprintln!("disks compared at epochs {:?}", compared.keys());
     let trace = fs::read_to_string(scene.at("trace")).unwrap();
     trace.matches("\"disks-copied\"").count()
+}
+
+/// What the guest writes ends epochs long before their time.
+#[test]
+fn a_half_full_buffer_ends_the_epoch() {
+    let bound = 128 << 10;
+    let mut scene = Scene::new(bound);
+    scene.plan.pace = Pace::Fixed(Duration::from_secs(3600));
+    let (ram, store) = (scene.at("b.ram"), scene.store(Durability::Memory, 64 << 20));
+    let (callers, address) = callers();
+    let receiving = thread::spawn(move || {
+        let (held, _) = stand_by(&callers, &ram, &store, &|_| {});
+        (held, store)
+    });
+    let connect = move || channel_to(address).map(|(channel, _)| channel);
+    let protecting = scene.protect(connect, channel().1);
+    until("epochs", LONG, || scene.commits() >= 5);
+    scene.stop.store(true, Ordering::SeqCst);
+    let end = protecting.join().unwrap();
+    assert!(matches!(end, protect::End::Asked), "{end}");
+    let (held, store) = receiving.join().unwrap();
+    same_disk(&scene.model, &scene.sums, held.epoch, &store);
 }
 
 /// A planned switch: the guest stands still at the epoch that the standby has.
