@@ -23,6 +23,7 @@ mod primary;
 mod report;
 mod signals;
 mod standby;
+mod threads;
 
 #[cfg(test)]
 mod tests;

@@ -69,7 +69,7 @@ pub struct Images {
     pub journal: PathBuf,
     /// When changes count as held.
     pub durability: Durability,
-    /// Bytes of the log past which it starts again.
+    /// Bytes of changes that the primary may hold back (`disk_buffer`).
     pub bound: u64,
 }
 
@@ -84,6 +84,7 @@ pub(super) fn check(config: &Config) -> Result<()> {
     for (index, disk) in config.disk.iter().enumerate() {
         check_name(&disk.name).context("disk.name")?;
         let before = config.disk.get(..index).unwrap_or(&[]);
+        let path = disk.path.display().to_string();
         for (key, value, same) in [
             (
                 "name",
@@ -95,6 +96,7 @@ pub(super) fn check(config: &Config) -> Result<()> {
                 &disk.node,
                 before.iter().any(|d| d.node == disk.node),
             ),
+            ("path", &path, before.iter().any(|d| d.path == disk.path)),
         ] {
             if same {
                 bail!("two disks have the {key} {value}: give each its own");
@@ -107,7 +109,11 @@ pub(super) fn check(config: &Config) -> Result<()> {
     }
     match config.disk_buffer {
         Some(size) if size.0 < BUFFER_MIN => {
-            bail!("disk_buffer is less than {} MiB", BUFFER_MIN >> 20)
+            bail!(
+                "disk_buffer is less than {} MiB: give it as much, or remove it ({} MiB then)",
+                BUFFER_MIN >> 20,
+                BUFFER >> 20
+            )
         }
         _ => Ok(()),
     }
@@ -143,17 +149,18 @@ pub(super) fn images(config: &Config, local: &str) -> Option<Images> {
 
 /// Puts the paths of disks in the place of `{disk:NAME}`.
 pub(super) fn fill(word: String, disks: &BTreeMap<String, PathBuf>) -> Result<String> {
-    let mut word = word;
-    while let Some((before, rest)) = word.split_once("{disk:") {
-        let (name, after) = rest
+    let (mut filled, mut rest) = (String::new(), word.as_str());
+    while let Some((before, after)) = rest.split_once("{disk:") {
+        let (name, after) = after
             .split_once('}')
             .context("vmm.command has a {disk: without its }")?;
         let Some(path) = disks.get(name) else {
             bail!("vmm.command uses {{disk:{name}}}, but there is no [[disk]] of that name");
         };
-        word = format!("{before}{}{after}", path.display());
+        filled = format!("{filled}{before}{}", path.display());
+        rest = after;
     }
-    Ok(word)
+    Ok(filled + rest)
 }
 
 /// Where each disk's image is, by name.
@@ -199,6 +206,8 @@ mod tests {
         let word = fill("x={disk:root},y={disk:data}".into(), &paths(&images.disks)).unwrap();
         assert_eq!(word, "x=/b/web.img,y=/a/d");
         assert!(fill("{disk:none}".into(), &paths(&images.disks)).is_err());
+        let odd = BTreeMap::from([("a".into(), "/{disk:a}".into())]);
+        assert_eq!(fill("{disk:a}".into(), &odd).unwrap(), "/{disk:a}");
         assert!(super::images(&parse("").unwrap(), "web").is_none());
     }
 
@@ -206,6 +215,10 @@ mod tests {
     fn mistakes() {
         for (text, part) in [
             (format!("{DISK}{DISK}"), "two disks have the name root"),
+            (
+                format!("{DISK}{}", DISK.replace("root", "a").replace("disk0", "b")),
+                "two disks have the path /a/web.img",
+            ),
             (
                 format!("{DISK}[standby.disks]\nroto = '/x'\n"),
                 "names roto",

@@ -7,3 +7,4 @@ pub mod channel;
 pub mod door;
 pub mod identity;
 pub mod stream;
+pub mod sum;

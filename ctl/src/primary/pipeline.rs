@@ -19,7 +19,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{sync_channel, Receiver, SyncSender};
 use std::sync::{Arc, Mutex};
-use std::thread::{Builder, Scope};
+use std::thread::Scope;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Error, Result};
@@ -29,6 +29,7 @@ use remus_proto::pages::{Counts, Encoder, Options, Share, BATCH_RECORDS};
 
 use crate::host::kernel::Pages;
 use crate::peer::stream::{lock, Sender, Unsent};
+use crate::threads::spawn;
 
 /// How many things may wait between two stages.
 const AHEAD: usize = 2;
@@ -244,41 +245,35 @@ pub fn start<'scope, 'env>(
             raw: encoding.raw,
         });
         let (cost, frames) = (Arc::clone(&cost), Arc::clone(&frames));
-        Builder::new()
-            .name(format!("encoder {index}"))
-            .spawn_scoped(scope, move || {
-                if let Err(e) = encode(encoder, &batches, &output, &frames, &cost, of) {
-                    watcher.failed(e);
-                }
-            })?;
+        spawn(scope, &format!("encoder {index}"), move || {
+            if let Err(e) = encode(encoder, &batches, &output, &frames, &cost, of) {
+                watcher.failed(e);
+            }
+        })?;
     }
     let (next, steps) = sync_channel(AHEAD);
     // The loop bounds the epochs in flight, and with them what waits here.
     let (jobs, queue) = sync_channel::<Job>(1 << 12);
-    Builder::new()
-        .name("reader".into())
-        .spawn_scoped(scope, move || {
-            if let Err(e) = read(&queue, batches, &inputs, &next) {
-                watcher.failed(e);
-            }
-        })?;
-    Builder::new()
-        .name("sender".into())
-        .spawn_scoped(scope, move || {
-            let mut stage = Sending {
-                data,
-                outputs,
-                frames,
-                cost,
-                watcher,
-                sent: Sent::default(),
-            };
-            match stage.run(&steps) {
-                Ok(()) => {}
-                Err(e) if e.is::<Unsent>() => watcher.unsent(&e),
-                Err(e) => watcher.failed(e),
-            }
-        })?;
+    spawn(scope, "reader", move || {
+        if let Err(e) = read(&queue, batches, &inputs, &next) {
+            watcher.failed(e);
+        }
+    })?;
+    spawn(scope, "sender", move || {
+        let mut stage = Sending {
+            data,
+            outputs,
+            frames,
+            cost,
+            watcher,
+            sent: Sent::default(),
+        };
+        match stage.run(&steps) {
+            Ok(()) => {}
+            Err(e) if e.is::<Unsent>() => watcher.unsent(&e),
+            Err(e) => watcher.failed(e),
+        }
+    })?;
     Ok(jobs)
 }
 

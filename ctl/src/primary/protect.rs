@@ -19,7 +19,7 @@ use std::fmt;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Receiver as Queue;
 use std::sync::{Arc, Condvar, Mutex};
-use std::thread::{self, Builder};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Error;
@@ -37,6 +37,7 @@ use crate::host::kernel::{Guest, Hearing, Kernel, Pages};
 use crate::peer::stream::{lock, Heartbeat};
 use crate::report::live::Order;
 use crate::report::Report;
+use crate::threads::spawn;
 
 /// What is to be done.
 #[derive(Clone, Debug)]
@@ -199,10 +200,8 @@ pub fn run(plan: &Plan, parts: &mut Parts, link: Link, pace: &mut Pace) -> End {
         };
         let started = pipeline::start(scope, reader, data.clone(), plan.encoding, common);
         let spawned = started.and_then(|jobs| {
-            let receiver = Builder::new().name("receiver".into());
-            receiver.spawn_scoped(scope, receiving)?;
-            let output = Builder::new().name("output".into());
-            output.spawn_scoped(scope, listening)?;
+            spawn(scope, "receiver", receiving)?;
+            spawn(scope, "output", listening)?;
             if let Some((disks, link)) = of_disks {
                 epochs.disks = Some(DiskWork::start(scope, common, disks, link)?);
             }

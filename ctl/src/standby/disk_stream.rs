@@ -18,15 +18,15 @@ use remus_proto::frame::{Header, Kind};
 
 use super::caller::Caller;
 use super::disks::Store;
-use super::serve::Outcome;
+use super::serve::{next, Outcome};
 use crate::peer::channel::Handle;
-use crate::peer::stream::{Broken, Receiver, Sender};
+use crate::peer::stream::{Receiver, Sender};
 
 /// The images of a guest, and the connection that their changes come by.
 pub(crate) struct DiskStream<'a> {
     pub(super) store: &'a Store,
     pub(super) sender: Sender,
-    receiver: Option<Receiver>,
+    receiver: Receiver,
     handle: Handle,
     generation: u64,
     run: u128,
@@ -56,7 +56,7 @@ impl<'a> DiskStream<'a> {
         Ok(Self {
             store,
             sender,
-            receiver: Some(receiver),
+            receiver,
             handle,
             generation,
             run,
@@ -71,31 +71,21 @@ impl<'a> DiskStream<'a> {
 
     /// Takes changes in, until the stream ends or makes no sense, or they find no room.
     pub(crate) fn run(mut self) -> Outcome {
-        let Some(mut receiver) = self.receiver.take() else {
-            return Outcome::Failed(anyhow!("the disk stream runs already"));
-        };
         loop {
-            let (header, payload) = match receiver.next() {
+            let (header, payload) = match next(&mut self.receiver, self.generation) {
                 Ok(frame) => frame,
-                Err(Broken::Wire(e)) => return Outcome::Nonsense(receiver.heard(), e.into()),
-                Err(e) => return Outcome::DataLost(e.to_string()),
+                Err(outcome) => return outcome,
             };
             match self.frame(&header, payload) {
                 Ok(()) => {}
                 Err(Trouble::Here(e)) => return Outcome::Failed(e),
-                Err(Trouble::There(e)) => return Outcome::Nonsense(receiver.heard(), e),
+                Err(Trouble::There(e)) => return Outcome::Nonsense(self.receiver.heard(), e),
                 Err(Trouble::Gone) => return Outcome::DataLost("the disk stream ended".into()),
             }
         }
     }
 
     fn frame(&mut self, header: &Header, payload: Vec<u8>) -> Result<(), Trouble> {
-        if header.generation != self.generation {
-            return Err(there(format!(
-                "a frame is of generation {}",
-                header.generation
-            )));
-        }
         match (header.kind, header.epoch) {
             (Kind::DiskState, 0) => self.begin_copy(!payload.is_empty()),
             (Kind::DiskState, epoch) => match self.store.whole() {

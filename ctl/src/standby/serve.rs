@@ -9,19 +9,21 @@
 //!  disk stream    ─▶ changes held, up to the seal of N
 //! ```
 //!
-//! One epoch is applied while the next one is staged; then the socket fills and the primary waits. An epoch is staged as it came, so what is staged is bounded by twice the memory's size. Every
-//! acknowledged epoch is applied before anything else happens.
+//! One epoch is applied while the next one is staged; then the socket fills and the primary waits. An
+//! epoch is staged as it came, so what is staged is bounded by twice the memory's size; what is held of
+//! the disks, by what they are opened with. Every acknowledged epoch is applied before anything else
+//! happens.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Receiver as Queue;
 use std::sync::mpsc::{channel, sync_channel, RecvTimeoutError};
 use std::sync::Arc;
-use std::thread::{self, Builder};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, Context, Error, Result};
 use remus_proto::disk::Disks;
-use remus_proto::frame::{Kind, Stamp, Token, Welcome};
+use remus_proto::frame::{Header, Kind, Stamp, Token, Welcome};
 use rustix::rand::{getrandom, GetRandomFlags};
 
 use super::apply::apply_all;
@@ -33,6 +35,7 @@ use crate::host::kernel::{Image, Machine};
 use crate::peer::channel::Handle;
 use crate::peer::stream::{Broken, Heartbeat, Receiver, Sender};
 use crate::report::Report;
+use crate::threads::spawn;
 
 /// How often to look for signals, other callers and the waiting machine.
 const TICK: Duration = Duration::from_millis(50);
@@ -298,6 +301,19 @@ pub(crate) enum Outcome {
     Failed(Error),
 }
 
+/// The next frame of a stream, which has to be of this generation; or why there is none.
+pub(crate) fn next(receiver: &mut Receiver, generation: u64) -> Result<(Header, Vec<u8>), Outcome> {
+    let (header, payload) = receiver.next().map_err(|e| match e {
+        Broken::Wire(e) => Outcome::Nonsense(receiver.heard(), e.into()),
+        e => Outcome::DataLost(e.to_string()),
+    })?;
+    if header.generation == generation {
+        return Ok((header, payload));
+    }
+    let e = anyhow!("a frame is of generation {}", header.generation);
+    Err(Outcome::Nonsense(receiver.heard(), e))
+}
+
 /// Runs the threads until something ends it. All that was acknowledged is applied on return.
 #[allow(clippy::too_many_arguments)]
 fn work<'a>(
@@ -345,16 +361,10 @@ fn work<'a>(
                 let _ = of_apply.send(Outcome::Failed(e));
             }
         };
-        let spawn = || -> std::io::Result<()> {
-            Builder::new()
-                .name("apply".into())
-                .spawn_scoped(scope, applying)?;
-            Builder::new()
-                .name("stage".into())
-                .spawn_scoped(scope, staging)?;
-            Builder::new()
-                .name("control".into())
-                .spawn_scoped(scope, listening)?;
+        let start = || -> std::io::Result<()> {
+            spawn(scope, "apply", applying)?;
+            spawn(scope, "stage", staging)?;
+            spawn(scope, "control", listening)?;
             if let Some(disks) = disks {
                 let over = Arc::clone(&over);
                 let changing = move || {
@@ -362,13 +372,11 @@ fn work<'a>(
                     over.store(true, Ordering::Relaxed);
                     let _ = outcomes.send(outcome);
                 };
-                Builder::new()
-                    .name("disks".into())
-                    .spawn_scoped(scope, changing)?;
+                spawn(scope, "disks", changing)?;
             }
             Ok(())
         };
-        let ended = match spawn() {
+        let ended = match start() {
             Ok(()) => watch(&outcome, callers, *machine, offer, run, stop, *tick),
             Err(e) => Outcome::Failed(e.into()),
         };

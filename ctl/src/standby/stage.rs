@@ -13,9 +13,9 @@ use remus_proto::frame::{EpochBegin, EpochEnd, Header, Kind, Stamp};
 use remus_proto::pages::{self, Scratch};
 
 use super::disks::Store;
-use super::serve::{Offer, Outcome};
+use super::serve::{next, Offer, Outcome};
 use crate::host::qmp::STATE_MAX;
-use crate::peer::stream::{Broken, Receiver, Sender};
+use crate::peer::stream::{Receiver, Sender};
 
 /// How often to look whether there is use in waiting for the disks.
 const TICK: Duration = Duration::from_millis(20);
@@ -87,10 +87,9 @@ impl<'a> Staging<'a> {
     /// Stages what comes in, until the stream ends or makes no sense.
     pub(crate) fn run(&mut self, mut incoming: Receiver, queue: SyncSender<Work>) -> Outcome {
         loop {
-            let (header, payload) = match incoming.next() {
+            let (header, payload) = match next(&mut incoming, self.generation) {
                 Ok(frame) => frame,
-                Err(Broken::Wire(e)) => return Outcome::Nonsense(incoming.heard(), e.into()),
-                Err(e) => return Outcome::DataLost(e.to_string()),
+                Err(outcome) => return outcome,
             };
             match self.frame(&header, payload) {
                 Ok(None) if self.disks_ended() => {
@@ -109,9 +108,6 @@ impl<'a> Staging<'a> {
     }
 
     fn frame(&mut self, header: &Header, payload: Vec<u8>) -> Result<Option<Work>> {
-        if header.generation != self.generation {
-            nonsense!("a frame is of generation {}", header.generation);
-        }
         match header.kind {
             Kind::EpochBegin => self.begin(header, &payload).map(|()| None),
             Kind::Pages => self.pages(header, payload),

@@ -15,7 +15,8 @@ use serde_json::json;
 use super::machine::{connect, directory, Killed};
 use super::model::{until, Random};
 use crate::host::qmp::Qmp;
-use crate::primary::disks::copy::{sum, Known};
+use crate::peer::sum::sum;
+use crate::primary::disks::copy::Known;
 use crate::primary::disks::mirror;
 use crate::primary::disks::queue::{Cursor, Next, Queue};
 use crate::primary::disks::server::Server;
@@ -142,6 +143,8 @@ impl Rig {
             target.drain(&self.queue, cursor);
             self.state().synced
         });
+        // The last of it may have come after it was looked for.
+        target.drain(&self.queue, cursor);
     }
 
     /// Has qemu-io do `line` on the guest's disk. What it says of it goes to QEMU's output.
@@ -254,6 +257,16 @@ impl Target {
         assert!(known.complete());
         vec![known]
     }
+}
+
+/// A raw disk that was copied, and a queue of so many bytes.
+fn copied(bound: u64) -> (Rig, Target, Cursor) {
+    let mut rig = Rig::new(false, bound, false);
+    let mut target = Target::empty();
+    let mut cursor = rig.queue.copy(Vec::new());
+    rig.mirror();
+    rig.copy(&mut cursor, &mut target);
+    (rig, target, cursor)
 }
 
 fn same(a: &[u8], b: &[u8]) {
@@ -412,11 +425,7 @@ fn sums_save_bytes() {
 /// Without a standby the guest goes on, and what was missed is copied when there is one again.
 #[test]
 fn tracks_and_goes_on() {
-    let mut rig = Rig::new(false, 64 << 20, false);
-    let mut target = Target::empty();
-    let mut cursor = rig.queue.copy(Vec::new());
-    rig.mirror();
-    rig.copy(&mut cursor, &mut target);
+    let (mut rig, mut target, mut cursor) = copied(64 << 20);
     rig.queue.seal(1);
     rig.io("write -P 0x21 0 64k");
     rig.queue.seal(2);
@@ -468,11 +477,7 @@ fn tracks_and_goes_on() {
 /// When nbdkit dies the guest goes on; with another one the mirror does.
 #[test]
 fn nbdkit_dies() {
-    let mut rig = Rig::new(false, 64 << 20, false);
-    let mut target = Target::empty();
-    let mut cursor = rig.queue.copy(Vec::new());
-    rig.mirror();
-    rig.copy(&mut cursor, &mut target);
+    let (mut rig, mut target, mut cursor) = copied(64 << 20);
     rig.queue.seal(1);
     let server = rig.server.as_mut().unwrap();
     let pid = rustix::process::Pid::from_raw(server.pid() as i32).unwrap();
@@ -505,11 +510,7 @@ fn nbdkit_dies() {
 /// A pause leaves no write unanswered: what the disk has is in the queue.
 #[test]
 fn a_pause_is_whole() {
-    let mut rig = Rig::new(false, 64 << 20, false);
-    let mut target = Target::empty();
-    let mut cursor = rig.queue.copy(Vec::new());
-    rig.mirror();
-    rig.copy(&mut cursor, &mut target);
+    let (mut rig, mut target, mut cursor) = copied(64 << 20);
     let mut random = Random(11);
     for epoch in 1..20 {
         rig.qmp.execute("cont", json!({})).unwrap();
@@ -533,13 +534,8 @@ fn a_pause_is_whole() {
 #[test]
 fn a_full_queue_makes_writes_wait() {
     const BOUND: u64 = 256 << 10;
-    let mut rig = Rig::new(false, BOUND, false);
-    let mut target = Target::empty();
-    let mut cursor = rig.queue.copy(Vec::new());
-    rig.mirror();
-    rig.copy(&mut cursor, &mut target);
+    let (mut rig, mut target, mut cursor) = copied(BOUND);
     rig.queue.seal(1);
-    // The last of the copy may have come after it was looked for.
     target.drain(&rig.queue, &mut cursor);
     assert!(rig.queue.applied(1));
     rig.qmp.execute("cont", json!({})).unwrap();

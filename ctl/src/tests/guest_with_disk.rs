@@ -7,18 +7,18 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{channel, Receiver};
 use std::sync::{Arc, Mutex};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::Result;
 use ring::digest::{digest, SHA256};
+use rustix::process::{kill_process, Pid, Signal};
 
-use super::machine::{command, connect, counter, directory, memory_file, Killed, MEMORY};
-use super::model::{until, Model, Patient, Random};
+use super::machine::{self, command, connect, counter, directory, memory_file, Killed};
+use super::model::{flaky, until, Failure, Model, Patient, Random};
 use crate::args::Loss;
 use crate::config::disk::{Disk, Durability, Format};
 use crate::host::kernel::Guest;
@@ -28,17 +28,16 @@ use crate::host::vmm::Vmm;
 use crate::peer::channel::{Channel, Way};
 use crate::peer::door::Limits;
 use crate::peer::stream::lock;
-use crate::primary::disks::Disks;
+use crate::primary::disks::{self, Disks};
 use crate::primary::keep::keep;
 use crate::primary::link::introduce;
-use crate::primary::pace::Pace;
-use crate::primary::pipeline::Encoding;
 use crate::primary::protect::{self, Parts, Plan};
 use crate::report::live::{Ask, Order};
 use crate::report::Report;
 use crate::standby::caller::{Caller, Callers};
+use crate::standby::disks::tests::model::World;
 use crate::standby::disks::{Spec, Store};
-use crate::standby::serve::{self as standby, serve, Held, Lost, Offer};
+use crate::standby::serve::{self as standby, serve, Held, Lost};
 use crate::standby::takeover::take_over;
 
 /// Bytes of the disk: more than the program reaches.
@@ -140,6 +139,8 @@ struct Scene {
     guest: Option<Watched>,
     plan: Plan,
     disks: Option<Disks>,
+    /// Ends its protection.
+    stop: Arc<AtomicBool>,
 }
 
 impl Scene {
@@ -155,20 +156,16 @@ impl Scene {
         floppy.extend([0x55, 0xaa]);
         floppy.resize(1_474_560, 0);
         fs::write(at("floppy"), floppy).unwrap();
-        // The standby has some of it, and other things.
+        // The standby has some of it, and other things. A part is zeros.
         let mut random = Random(77);
         let mut disk: Vec<u8> = (0..DISK).map(|_| random.next() as u8).collect();
+        disk[DISK / 4..DISK / 2].fill(0);
         fs::write(at("a.img"), &disk).unwrap();
         disk[DISK / 3..].fill(7);
         fs::write(at("b.img"), &disk).unwrap();
 
         let start = with_disk(&at("a.ram"), &at("floppy"), &at("a.qmp"), &at("a.img"));
-        let first = Command::new(&start[0])
-            .args(&start[1..])
-            .stdin(Stdio::null())
-            .spawn()
-            .expect("this test needs QEMU: apt install qemu-system-x86");
-        let first = Killed(first);
+        let first = machine::start(&start);
         let mut qmp = connect(&at("a.qmp"));
         let ram = at("a.ram");
         until("the program", LONG, || counter(&ram) > 3);
@@ -182,20 +179,8 @@ impl Scene {
         let disks = Disks::serve(dir.path(), "count", &list, bound).unwrap();
         let sums = Sums::default();
         let plan = Plan {
-            domain: "count".into(),
-            memory: MEMORY,
-            generation: 1,
-            run: 1,
-            pace: Pace::Fixed(Duration::from_millis(50)),
-            timeout: TIMEOUT,
-            depth: 4,
-            encoding: Encoding {
-                encoders: 1,
-                cache_bytes: MEMORY as usize,
-                raw: false,
-            },
-            copy_in_pause: false,
             disks: list,
+            ..machine::plan(TIMEOUT)
         };
         let guest = Watched {
             qmp,
@@ -209,6 +194,7 @@ impl Scene {
             guest: Some(guest),
             plan,
             disks: Some(disks),
+            stop: Arc::default(),
             dir,
         }
     }
@@ -217,8 +203,15 @@ impl Scene {
         self.dir.path().join(name)
     }
 
-    fn parts(&mut self, stop: &Arc<AtomicBool>, orders: Receiver<Order>) -> Parts {
-        Parts {
+    /// Protects it, over connections that `connect` makes.
+    fn protect(
+        &mut self,
+        mut connect: impl FnMut() -> Result<Channel> + Send + 'static,
+        orders: Receiver<Order>,
+    ) -> JoinHandle<protect::End> {
+        let link = introduce(&self.plan, &mut connect).unwrap();
+        let plan = self.plan.clone();
+        let mut parts = Parts {
             guest: Box::new(self.guest.take().unwrap()),
             sealer: Box::new(self.model.clone()),
             committer: Box::new(self.model.clone()),
@@ -227,8 +220,9 @@ impl Scene {
             hearing: None,
             report: Report::open(Some(&self.at("trace"))).unwrap(),
             orders,
-            stop: Arc::clone(stop),
-        }
+            stop: Arc::clone(&self.stop),
+        };
+        thread::spawn(move || keep(&plan, &mut parts, &mut connect, link, Loss::Hold))
     }
 
     fn store(&self, durability: Durability, bound: u64) -> Store {
@@ -245,6 +239,26 @@ impl Scene {
     }
 }
 
+/// Serves one caller.
+fn serve_one(
+    caller: Caller,
+    callers: &Callers,
+    ram: &Path,
+    disks: Option<&Store>,
+    held: &mut Held,
+) -> standby::End {
+    let mut parts = standby::Parts {
+        callers,
+        image: &mut Ram::open(ram).unwrap(),
+        disks,
+        machine: &mut Patient,
+        report: &Report::default(),
+        stop: &AtomicBool::new(false),
+        tick: &|| {},
+    };
+    serve(caller, &machine::offer(TIMEOUT), held, &mut parts)
+}
+
 /// Serves the callers that come until one is dead or says good-bye; `lost` is called when a connection is
 /// lost, with the epoch that is held.
 fn stand_by(
@@ -253,28 +267,14 @@ fn stand_by(
     store: &Store,
     lost: &dyn Fn(u64),
 ) -> (Held, Option<Lost>) {
-    let offer = Offer {
-        domain: "count".into(),
-        memory: MEMORY,
-        timeout: TIMEOUT,
-    };
-    let (mut held, mut image) = (Held::default(), Ram::open(ram).unwrap());
+    let mut held = Held::default();
     let mut next = None;
     loop {
         let caller = match next.take() {
             Some(caller) => caller,
             None => Box::new(callers.next(LONG).expect("nobody calls").0),
         };
-        let mut parts = standby::Parts {
-            callers,
-            image: &mut image,
-            disks: Some(store),
-            machine: &mut Patient,
-            report: &Report::default(),
-            stop: &AtomicBool::new(false),
-            tick: &|| {},
-        };
-        match serve(*caller, &offer, &mut held, &mut parts) {
+        match serve_one(*caller, callers, ram, Some(store), &mut held) {
             standby::End::Lost(now) if now.given_up => return (held, Some(now)),
             standby::End::Lost(mut now) => {
                 lost(held.epoch);
@@ -338,11 +338,8 @@ fn disk_survives_its_host() {
         let (held, lost) = stand_by(&callers, &of, &store, &|_| {});
         (held, lost, store)
     });
-    let mut connect = move || channel_to(address).map(|(channel, _)| channel);
-    let link = introduce(&scene.plan, &mut connect).unwrap();
-    let mut parts = scene.parts(&Arc::default(), channel().1);
-    let (plan, mut pace) = (scene.plan.clone(), scene.plan.pace);
-    let protecting = thread::spawn(move || protect::run(&plan, &mut parts, link, &mut pace));
+    let connect = move || channel_to(address).map(|(channel, _)| channel);
+    let protecting = scene.protect(connect, channel().1);
     until("20 commits", LONG, || scene.commits() >= 20);
     scene.first.0.kill().unwrap();
     let primary = protecting.join().unwrap();
@@ -386,7 +383,7 @@ fn comes_back(cuts: usize, bound: u64, durability: Durability, away: Duration) -
     let streams: Arc<Mutex<Vec<TcpStream>>> = Arc::default();
     let (kept, gone) = (Arc::clone(&streams), Arc::new(AtomicBool::new(false)));
     let away_now = Arc::clone(&gone);
-    let mut connect = move || {
+    let connect = move || {
         if away_now.load(Ordering::SeqCst) {
             anyhow::bail!("the link is down");
         }
@@ -394,11 +391,7 @@ fn comes_back(cuts: usize, bound: u64, durability: Durability, away: Duration) -
         lock(&kept).push(stream);
         Ok(channel)
     };
-    let link = introduce(&scene.plan, &mut connect).unwrap();
-    let stop = Arc::<AtomicBool>::default();
-    let mut parts = scene.parts(&stop, channel().1);
-    let plan = scene.plan.clone();
-    let protecting = thread::spawn(move || keep(&plan, &mut parts, &mut connect, link, Loss::Hold));
+    let protecting = scene.protect(connect, channel().1);
     let mut random = Random(0x5eed);
     for cut in 0..cuts {
         let target = scene.commits() + 2 + random.below(8);
@@ -418,7 +411,7 @@ fn comes_back(cuts: usize, bound: u64, durability: Durability, away: Duration) -
     }
     let target = scene.commits() + 3;
     until("commits at the end", LONG, || scene.commits() >= target);
-    stop.store(true, Ordering::SeqCst);
+    scene.stop.store(true, Ordering::SeqCst);
     let end = protecting.join().unwrap();
     assert!(matches!(end, protect::End::Asked), "{end}");
     let (held, _) = receiving.join().unwrap();
@@ -440,12 +433,9 @@ fn disk_is_handed_over() {
         let (held, _) = stand_by(&callers, &ram, &store, &|_| {});
         (held, store)
     });
-    let mut connect = move || channel_to(address).map(|(channel, _)| channel);
-    let link = introduce(&scene.plan, &mut connect).unwrap();
+    let connect = move || channel_to(address).map(|(channel, _)| channel);
     let (order, orders) = channel();
-    let mut parts = scene.parts(&Arc::default(), orders);
-    let (plan, mut pace) = (scene.plan.clone(), scene.plan.pace);
-    let protecting = thread::spawn(move || protect::run(&plan, &mut parts, link, &mut pace));
+    let protecting = scene.protect(connect, orders);
     until("commits", LONG, || scene.commits() >= 3);
     let (reply, answer) = channel();
     let ask = Ask::Failover;
@@ -469,10 +459,9 @@ fn disk_after_a_new_standby() {
     let mut scene = Scene::new(64 << 20);
     let (ram, store) = (scene.at("b.ram"), scene.store(Durability::Memory, 64 << 20));
     let (callers, address) = callers();
-    let stop = Arc::<AtomicBool>::default();
     let streams: Arc<Mutex<Vec<TcpStream>>> = Arc::default();
     let kept = Arc::clone(&streams);
-    let mut connect = move || {
+    let connect = move || {
         let (channel, stream) = channel_to(address)?;
         lock(&kept).push(stream);
         Ok(channel)
@@ -501,10 +490,7 @@ fn disk_after_a_new_standby() {
         let (held, _) = stand_by(&callers, &ram, &store, &|_| {});
         (held, store)
     });
-    let link = introduce(&scene.plan, &mut connect).unwrap();
-    let mut parts = scene.parts(&stop, channel().1);
-    let plan = scene.plan.clone();
-    let protecting = thread::spawn(move || keep(&plan, &mut parts, &mut connect, link, Loss::Hold));
+    let protecting = scene.protect(connect, channel().1);
     until("commits", LONG, || scene.commits() >= 5);
     for stream in lock(&streams).drain(..) {
         let _ = stream.shutdown(std::net::Shutdown::Both);
@@ -514,11 +500,218 @@ fn disk_after_a_new_standby() {
     });
     let target = scene.commits() + 5;
     until("commits", LONG, || scene.commits() >= target);
-    stop.store(true, Ordering::SeqCst);
+    scene.stop.store(true, Ordering::SeqCst);
     let end = protecting.join().unwrap();
     assert!(matches!(end, protect::End::Asked), "{end}");
     let (held, store) = receiving.join().unwrap();
     same_disk(&scene.model, &scene.sums, held.epoch, &store);
+}
+
+/// The disk stream is cut in the middle of the first copy, which begins anew.
+#[test]
+fn disk_after_a_copy_that_was_cut_off() {
+    // So little that QEMU has not written all before it is sent.
+    const BOUND: u64 = 1 << 20;
+    let mut scene = Scene::new(BOUND);
+    let (ram, store) = (scene.at("b.ram"), scene.store(Durability::Memory, BOUND));
+    let (callers, address) = callers();
+    let receiving = thread::spawn(move || {
+        let (held, _) = stand_by(&callers, &ram, &store, &|_| {});
+        (held, store)
+    });
+    let (mut streams, left) = (0, Arc::new(AtomicUsize::new(1 << 20)));
+    let budget = Arc::clone(&left);
+    let connect = move || {
+        streams += 1;
+        // After those for control and for data.
+        if streams != 3 {
+            return channel_to(address).map(|(channel, _)| channel);
+        }
+        let stream = flaky(address, Arc::clone(&budget), Failure::Close);
+        Channel::connect(stream, &Way::Plain, TIMEOUT)
+    };
+    let protecting = scene.protect(connect, channel().1);
+    until("commits", LONG, || scene.commits() >= 3);
+    assert_eq!(left.load(Ordering::SeqCst), 0, "it was cut");
+    scene.stop.store(true, Ordering::SeqCst);
+    let end = protecting.join().unwrap();
+    assert!(matches!(end, protect::End::Asked), "{end}");
+    let (held, store) = receiving.join().unwrap();
+    same_disk(&scene.model, &scene.sums, held.epoch, &store);
+    let trace = fs::read_to_string(scene.at("trace")).unwrap();
+    assert!(trace.contains("\"standby-lost\""), "{trace}");
+    assert_eq!(trace.matches("\"disks-copied\"").count(), 1);
+}
+
+/// The standby's file system is full, with so many blocks at the first copy, or after it: the standby says so
+/// and ends, and the guest goes on.
+fn no_space(blocks: u64, afterwards: bool) {
+    let mut scene = Scene::new(64 << 20);
+    let world = World::of(vec![("root".into(), DISK as u64)]);
+    world.set_free(blocks);
+    let store = world.open(Durability::Memory, 64 << 20).unwrap();
+    let (ram, (callers, address)) = (scene.at("b.ram"), callers());
+    let receiving = thread::spawn(move || {
+        let (caller, _) = callers.next(LONG).expect("nobody calls");
+        let mut held = Held::default();
+        match serve_one(caller, &callers, &ram, Some(&store), &mut held) {
+            standby::End::Failed(e) => format!("{e:#}"),
+            _ => panic!("it did not fail"),
+        }
+    });
+    let connect = move || channel_to(address).map(|(channel, _)| channel);
+    let protecting = scene.protect(connect, channel().1);
+    if afterwards {
+        until("commits", LONG, || scene.commits() >= 3);
+        world.fill();
+    }
+    until("the standby's end", LONG, || receiving.is_finished());
+    let told = receiving.join().unwrap();
+    let want = "there is no space for the image of root: free some";
+    assert!(told.contains(want), "{told}");
+    let (ram, image) = (scene.at("a.ram"), scene.at("a.img"));
+    until("what the primary says", LONG, || {
+        let trace = fs::read_to_string(scene.at("trace")).unwrap();
+        trace.contains("\"standby-lost\"") && trace.contains(want)
+    });
+    let (at, before) = (counter(&ram), sum(&image));
+    until("the guest to write on", LONG, || {
+        counter(&ram) > at && sum(&image) != before
+    });
+    scene.stop.store(true, Ordering::SeqCst);
+    let end = protecting.join().unwrap();
+    assert!(matches!(end, protect::End::Asked), "{end}");
+}
+
+/// nbdkit is killed, in the first copy or after it: that ends protection and is said, and the guest goes on.
+fn without_nbdkit(in_copy: bool) {
+    const BOUND: u64 = 1 << 20;
+    let mut scene = Scene::new(BOUND);
+    let nbdkit = scene.disks.as_ref().unwrap().nbdkit();
+    let (ram, store) = (scene.at("b.ram"), scene.store(Durability::Memory, BOUND));
+    let (callers, address) = callers();
+    let receiving = thread::spawn(move || stand_by(&callers, &ram, &store, &|_| {}));
+    let mut streams = 0;
+    let connect = move || {
+        streams += 1;
+        if !in_copy || streams != 3 {
+            return channel_to(address).map(|(channel, _)| channel);
+        }
+        let stream = flaky(
+            address,
+            Arc::new(AtomicUsize::new(usize::MAX)),
+            Failure::Slow,
+        );
+        Channel::connect(stream, &Way::Plain, TIMEOUT)
+    };
+    let protecting = scene.protect(connect, channel().1);
+    if in_copy {
+        let (copy, before) = (scene.at("b.img"), sum(&scene.at("b.img")));
+        until("the copy to begin", LONG, || sum(&copy) != before);
+        assert_eq!(scene.commits(), 0);
+    } else {
+        until("commits", LONG, || scene.commits() >= 3);
+    }
+    let pid = Pid::from_raw(nbdkit as i32).unwrap();
+    kill_process(pid, Signal::KILL).unwrap();
+    until("the end of protection", LONG, || protecting.is_finished());
+    let end = protecting.join().unwrap();
+    let told = format!("{end}");
+    assert!(matches!(end, protect::End::Failed(_)), "{told}");
+    assert!(
+        told.contains("nbdkit") && told.contains("protect the guest again"),
+        "{told}"
+    );
+    let (ram, image) = (scene.at("a.ram"), scene.at("a.img"));
+    let (at, before) = (counter(&ram), sum(&image));
+    until("the guest to write on", LONG, || {
+        counter(&ram) > at && sum(&image) != before
+    });
+    receiving.join().unwrap();
+}
+
+#[test]
+fn without_nbdkit_in_the_first_copy() {
+    without_nbdkit(true);
+}
+
+#[test]
+fn without_nbdkit_afterwards() {
+    without_nbdkit(false);
+}
+
+#[test]
+fn no_space_for_the_first_copy() {
+    no_space(100, false);
+}
+
+#[test]
+fn no_space_for_an_epoch() {
+    no_space(1 << 20, true);
+}
+
+/// Disks that the two hosts' configurations do not have in common: both sides say what is to be done.
+#[test]
+fn disks_that_differ_are_refused() {
+    const SIZE: u64 = 1 << 20;
+    for (here, there, primary, standby) in [
+        (
+            Some(SIZE),
+            Some(2 * SIZE),
+            "create an image of",
+            "create an image of",
+        ),
+        (Some(SIZE), None, "has no disks: use the same on both", ""),
+        (
+            None,
+            Some(SIZE),
+            "",
+            "brings no disks, but there are some here",
+        ),
+    ] {
+        let dir = directory();
+        let at = |name: &str| dir.path().join(name);
+        let (ram, (callers, address)) = (at("ram"), callers());
+        memory_file(&ram);
+        let store = there.map(|size| {
+            fs::File::create(at("img")).unwrap().set_len(size).unwrap();
+            let spec = Spec {
+                name: "root".into(),
+                path: at("img"),
+                format: Format::Raw,
+            };
+            Store::open(&[spec], &at("journal"), Durability::Memory, SIZE).unwrap()
+        });
+        let receiving = thread::spawn(move || {
+            let (caller, _) = callers.next(LONG).expect("nobody calls");
+            serve_one(caller, &callers, &ram, store.as_ref(), &mut Held::default())
+        });
+        let disk = |size| disks::Disk {
+            name: "root".into(),
+            node: "disk0".into(),
+            size,
+        };
+        let plan = Plan {
+            disks: here.map(disk).into_iter().collect(),
+            ..machine::plan(TIMEOUT)
+        };
+        let mut connect = move || channel_to(address).map(|(channel, _)| channel);
+        let link = introduce(&plan, &mut connect);
+        if primary.is_empty() {
+            assert!(link.is_ok());
+        } else {
+            let told = format!("{:#}", link.as_ref().err().unwrap());
+            assert!(told.contains(primary), "{told}");
+        }
+        match receiving.join().unwrap() {
+            standby::End::Refused(e) => {
+                let told = format!("{e:#}");
+                assert!(!standby.is_empty() && told.contains(standby), "{told}");
+            }
+            standby::End::Lost(_) => assert!(standby.is_empty()),
+            _ => panic!("{here:?} and {there:?}"),
+        }
+    }
 }
 
 #[test]

@@ -98,6 +98,44 @@ pub fn counter(path: &Path) -> u32 {
     u32::from_le_bytes(bytes)
 }
 
+/// Starts such a machine.
+pub fn start(command: &[String]) -> Killed {
+    let child = Command::new(&command[0])
+        .args(&command[1..])
+        .stdin(Stdio::null())
+        .spawn();
+    Killed(child.expect("these tests need QEMU: apt install qemu-system-x86"))
+}
+
+/// How it is protected.
+pub fn plan(timeout: Duration) -> Plan {
+    Plan {
+        domain: "count".into(),
+        memory: MEMORY,
+        generation: 1,
+        run: 1,
+        pace: Pace::Fixed(Duration::from_millis(50)),
+        timeout,
+        depth: 4,
+        encoding: Encoding {
+            encoders: 2,
+            cache_bytes: MEMORY as usize,
+            raw: false,
+        },
+        copy_in_pause: false,
+        disks: Vec::new(),
+    }
+}
+
+/// What its standby serves.
+pub fn offer(timeout: Duration) -> Offer {
+    Offer {
+        domain: "count".into(),
+        memory: MEMORY,
+        timeout,
+    }
+}
+
 /// Connects to a QEMU that is starting: its socket is there a moment before it listens.
 pub fn connect(path: &Path) -> Qmp {
     let mut connected = None;
@@ -118,14 +156,6 @@ pub fn directory() -> tempfile::TempDir {
 
 #[test]
 fn survives_its_host() {
-    if Command::new("qemu-system-x86_64")
-        .arg("--version")
-        .output()
-        .is_err()
-    {
-        eprintln!("skipped: there is no qemu-system-x86_64");
-        return;
-    }
     let dir = directory();
     let at = |name: &str| -> PathBuf { dir.path().join(name) };
     let (primary_ram, standby_ram, floppy) = (at("a.ram"), at("b.ram"), at("floppy"));
@@ -133,14 +163,7 @@ fn survives_its_host() {
     memory_file(&standby_ram);
     boot_sector(&floppy);
 
-    let start = command(&primary_ram, &floppy, &at("a.qmp"));
-    let mut first = Killed(
-        Command::new(&start[0])
-            .args(&start[1..])
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap(),
-    );
+    let mut first = start(&command(&primary_ram, &floppy, &at("a.qmp")));
     let mut guest = connect(&at("a.qmp"));
     guest.check_memory(&primary_ram, MEMORY).unwrap();
     let wrong = guest
@@ -162,29 +185,10 @@ fn survives_its_host() {
     let trace_path = at("trace");
     // Nobody has to wait for it here.
     let timeout = PATIENCE;
-    let plan = Plan {
-        domain: "count".into(),
-        memory: MEMORY,
-        generation: 1,
-        run: 1,
-        pace: Pace::Fixed(Duration::from_millis(50)),
-        timeout,
-        depth: 4,
-        encoding: Encoding {
-            encoders: 2,
-            cache_bytes: MEMORY as usize,
-            raw: false,
-        },
-        copy_in_pause: false,
-        disks: Vec::new(),
-    };
+    let plan = plan(timeout);
     let ram = standby_ram.clone();
     let receiving = thread::spawn(move || {
-        let offer = Offer {
-            domain: "count".into(),
-            memory: MEMORY,
-            timeout,
-        };
+        let offer = offer(timeout);
         let (mut held, mut image) = (Held::default(), Ram::open(&ram).unwrap());
         let mut parts = standby::Parts {
             callers: &callers,
@@ -272,14 +276,6 @@ fn survives_its_host() {
 /// A guest that is shut down is told from one whose host died.
 #[test]
 fn shutdown_is_not_death() {
-    if Command::new("qemu-system-x86_64")
-        .arg("--version")
-        .output()
-        .is_err()
-    {
-        eprintln!("skipped: there is no qemu-system-x86_64");
-        return;
-    }
     let dir = directory();
     let (ram, floppy, qmp) = (
         dir.path().join("ram"),
@@ -288,14 +284,7 @@ fn shutdown_is_not_death() {
     );
     memory_file(&ram);
     boot_sector(&floppy);
-    let start = command(&ram, &floppy, &qmp);
-    let _first = Killed(
-        Command::new(&start[0])
-            .args(&start[1..])
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap(),
-    );
+    let _first = start(&command(&ram, &floppy, &qmp));
     let mut guest = connect(&qmp);
     let sizes: Vec<usize> = (0..30)
         .map(|_| {

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0
 """What was measured with a disk, as figures with targets."""
 
-import report as spreads
-from summary import dig, ratio
+import summary
+from summary import dig, line, note, ratio
 
 # At least.
 TARGETS = {"vs_sync_mirror": 0.9, "read_ratio": 0.95}
@@ -12,10 +12,7 @@ PARTS = "qemu", "nbdkit", "protect", "standby"
 
 def figure(values, target=None):
     """The median of several rounds' values, and whether that is high enough."""
-    values = [v for v in values if v is not None]
-    value = spreads.median(values)
-    return {"value": value, "min": round(min(values), 3) if values else None, "max": round(max(values), 3) if values else None,
-            "rounds": len(values), "target": target, "met": None if target is None or value is None else value >= target}
+    return summary.figure(values, target, least=True, rounds=sum(v is not None for v in values))
 
 
 def report(items, command, resets):
@@ -62,21 +59,11 @@ def report(items, command, resets):
             for way in ("unprotected", "protected", "mirror", "mirror_tls")
         },
     }  # fmt: skip
-    out["note"] = ""
-    if out["accel"] != "kvm":
-        out["note"] = "The machine is emulated: compare figures with each other, not with those of other machines."
-    if out["host_load"] > out["host_cpus"]:
-        out["note"] += (f" Other work kept the host busy as well: its load was {out['host_load']:.1f}"
-                        f" on {out['host_cpus']} processors at the start.")
+    out["note"] = note(out)
     return out
 
 
 def show(out):
-    def line(name, got, unit=""):
-        number = lambda v: "-" if v is None else f"{v:,.{0 if abs(v) >= 100 else 3}f}"  # noqa: E731
-        verdict = "" if got["target"] is None else f"target {got['target']}  {'-' if got['met'] is None else 'met' if got['met'] else 'missed'}"
-        spread = f"({number(got['min'])} .. {number(got['max'])})"
-        print(f"  {name:<44} {number(got['value']):>9} {unit:<5} {spread:<20} {verdict}".rstrip())
     print()
     line("writes in sequence / unprotected", out["seq_write_ratio"])
     line("writes at random with fdatasync / unprotected", out["rand_write_ratio"])
@@ -98,4 +85,4 @@ def show(out):
             for name, spent in got["cpu_ms"][kind].items():
                 line(f"  processor time of {name}, {what}", spent, "ms")
     if out["note"]:
-        print(f"\n  {out['note'].strip()}")
+        print(f"\n  {out['note']}")

@@ -15,6 +15,7 @@ use anyhow::{bail, Context, Result};
 use serde_json::{json, Value};
 
 use super::Disk;
+use crate::host::kernel::Guest;
 use crate::host::qmp::Qmp;
 
 /// Before the name of a disk, what our jobs and nodes are called.
@@ -149,11 +150,35 @@ pub fn resume(qmp: &mut Qmp, disk: &Disk) -> Result<()> {
 /// Ends what an earlier controller or this one has begun, of all disks. The guest goes on, on the nodes
 /// that it had. Nothing that the jobs write may wait for room in the queue meanwhile.
 pub fn cancel(qmp: &mut Qmp) -> Result<()> {
-    for job in jobs(qmp)? {
-        if let Some(id) = ours(&job, "device") {
-            // It may end by itself at this moment.
-            let _ = qmp.execute("block-job-cancel", json!({"device": id, "force": true}));
+    let jobs = jobs(qmp)?;
+    let ids: Vec<&str> = jobs.iter().filter_map(|job| ours(job, "device")).collect();
+    if !ids.is_empty() {
+        // A write of the guest that is under way at the end of a job makes QEMU (10.0) write to memory
+        // that it has given back, and it dies sooner or later. In a pause there is none.
+        let runs = qmp.runs()?;
+        if runs {
+            qmp.pause()?;
         }
+        let ended = end(qmp, &ids);
+        if runs {
+            Guest::resume(qmp)?;
+        }
+        ended?;
+    }
+    let nodes = qmp.execute("query-named-block-nodes", json!({"flat": true}))?;
+    for node in nodes.as_array().into_iter().flatten() {
+        if let Some(id) = ours(node, "node-name") {
+            qmp.execute("blockdev-del", json!({"node-name": id}))?;
+        }
+    }
+    Ok(())
+}
+
+/// Ends these jobs, and returns when they are gone.
+fn end(qmp: &mut Qmp, ids: &[&str]) -> Result<()> {
+    for id in ids {
+        // It may end by itself at this moment.
+        let _ = qmp.execute("block-job-cancel", json!({"device": id, "force": true}));
     }
     let deadline = Instant::now() + END;
     while let Some(id) = jobs(qmp)?.iter().find_map(|job| ours(job, "device")) {
@@ -161,12 +186,6 @@ pub fn cancel(qmp: &mut Qmp) -> Result<()> {
             bail!("QEMU does not end its job {id}: end it with block-job-cancel");
         }
         thread::sleep(TICK);
-    }
-    let nodes = qmp.execute("query-named-block-nodes", json!({"flat": true}))?;
-    for node in nodes.as_array().into_iter().flatten() {
-        if let Some(id) = ours(node, "node-name") {
-            qmp.execute("blockdev-del", json!({"node-name": id}))?;
-        }
     }
     Ok(())
 }

@@ -89,6 +89,12 @@ impl Disks {
         })
     }
 
+    /// Process of nbdkit.
+    #[cfg(test)]
+    pub fn nbdkit(&self) -> u32 {
+        self.server.pid()
+    }
+
     /// Has QEMU stop telling of it.
     pub fn end(&self, qmp: Option<&mut Qmp>) -> Result<()> {
         // What is on its way must not wait for room.

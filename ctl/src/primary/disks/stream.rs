@@ -3,7 +3,7 @@
 //! The disk stream, from the primary's side: introducing the disks, sending their changes, hearing what
 //! the standby has.
 
-use std::sync::mpsc::{Receiver as Queued, Sender as Sink};
+use std::sync::mpsc::{Receiver as Queued, SyncSender as Sink, TrySendError};
 use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
@@ -93,8 +93,8 @@ pub(in crate::primary) fn send(
     Ok(())
 }
 
-/// Hears what the standby says: what its images have before a first copy, which goes to `known` when it is
-/// complete, and how far it is. Returns why it ended.
+/// Hears what the standby says: what its images have before a first copy, which goes to `known` (that has
+/// room for it) when it is complete, and how far it is. Returns why it ended.
 pub(in crate::primary) fn receive(
     queue: &Queue,
     mut receiver: Receiver,
@@ -125,8 +125,11 @@ pub(in crate::primary) fn receive(
                 Err(e) => return format!("what it says of its disks makes no sense: {e}"),
             },
             Kind::DiskState => {
-                // Nobody waits for it after the end.
-                let _ = known.send(std::mem::replace(&mut learnt, nothing()));
+                let told = known.try_send(std::mem::replace(&mut learnt, nothing()));
+                // After the end nobody waits for it, which is no harm.
+                if let Err(TrySendError::Full(_)) = told {
+                    return "it told twice what its disks have, which makes no sense".into();
+                }
             }
             Kind::Error => return format!("it reports: {}", String::from_utf8_lossy(&payload)),
             kind => return format!("it sent {kind:?} on the disk stream, which makes no sense"),

@@ -2,9 +2,9 @@
 
 //! What the thread that stops the guest does with its disks.
 
-use std::sync::mpsc::{channel, Receiver as Queued, Sender as Sink, TryRecvError};
+use std::sync::mpsc::{channel, sync_channel, Receiver as Queued, Sender as Sink, TryRecvError};
 use std::sync::Arc;
-use std::thread::{Builder, Scope};
+use std::thread::Scope;
 
 use anyhow::{bail, Context, Result};
 use remus_proto::frame::Kind;
@@ -17,6 +17,7 @@ use super::Disks;
 use crate::host::qmp::Qmp;
 use crate::peer::stream::{lock, Sender};
 use crate::primary::state::Common;
+use crate::threads::spawn;
 
 /// The disks of a guest, for as long as one connection lasts.
 pub(in crate::primary) struct DiskWork<'a> {
@@ -51,7 +52,7 @@ impl<'a> DiskWork<'a> {
         disks: &'a mut Disks,
         link: DiskLink,
     ) -> Result<Self> {
-        let (told, known) = channel();
+        let (told, known) = sync_channel(1);
         let (cursors, to_send) = channel();
         let DiskLink {
             sender,
@@ -67,12 +68,8 @@ impl<'a> DiskWork<'a> {
         };
         let (queue, list) = (Arc::clone(&disks.queue), disks.list.clone());
         let hearing = move || common.lost(stream::receive(&queue, receiver, &list, &told));
-        Builder::new()
-            .name("disk sender".into())
-            .spawn_scoped(scope, sending)?;
-        Builder::new()
-            .name("disk receiver".into())
-            .spawn_scoped(scope, hearing)?;
+        spawn(scope, "disk sender", sending)?;
+        spawn(scope, "disk receiver", hearing)?;
         Ok(Self {
             disks,
             sender,
@@ -107,16 +104,6 @@ impl<'a> DiskWork<'a> {
         if let Some(cursor) = missed {
             self.sender.send(Kind::DiskState, 0, &[])?;
             let _ = self.cursors.send(cursor);
-            let states = mirror::states(qmp, &self.disks.list)?;
-            for (disk, _) in self
-                .disks
-                .list
-                .iter()
-                .zip(states)
-                .filter(|(_, s)| s.stopped)
-            {
-                mirror::resume(qmp, disk)?;
-            }
             return self.copied(qmp);
         }
         queue.track();
@@ -142,8 +129,20 @@ impl<'a> DiskWork<'a> {
         }
     }
 
-    fn copied(&self, qmp: &mut Qmp) -> Result<Stage> {
+    /// How far the mirrors are. Those that an error has stopped go on, with what they have missed: until
+    /// now nothing was taken, or QEMU hears only now of that.
+    fn copied(&mut self, qmp: &mut Qmp) -> Result<Stage> {
+        if let Some(status) = self.disks.server.ended()? {
+            bail!(
+                "nbdkit, which takes the changes of the disks from QEMU, ended ({status}): protect the guest again"
+            );
+        }
         let states = mirror::states(qmp, &self.disks.list)?;
+        for (disk, state) in self.disks.list.iter().zip(&states) {
+            if state.stopped {
+                mirror::resume(qmp, disk)?;
+            }
+        }
         if states.iter().all(|state| state.synced) {
             return Ok(Stage::Synced);
         }

@@ -73,6 +73,6 @@ pub(super) fn write(payload: &[u8], images: &[Image], promises: &Mutex<Promises>
                     })
             }
         };
-        done.with_context(|| format!("cannot write to the image of {}", image.name))
+        done.map_err(|e| image.unwritten(e))
     })
 }

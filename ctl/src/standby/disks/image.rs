@@ -22,7 +22,7 @@ pub(super) struct Image {
     pub(super) size: u64,
     pub(super) medium: Box<dyn Medium>,
     /// Dropped after `medium`, which is of it.
-    pub(super) export: Option<Export>,
+    pub(super) _export: Option<Export>,
 }
 
 impl Image {
@@ -56,8 +56,20 @@ impl Image {
             name: name.clone(),
             size,
             medium: Box::new(plain),
-            export,
+            _export: export,
         })
+    }
+
+    /// Why it cannot be written to, and what to do.
+    pub(super) fn unwritten(&self, e: io::Error) -> anyhow::Error {
+        let name = &self.name;
+        let what = match e.kind() {
+            ErrorKind::StorageFull => {
+                format!("there is no space for the image of {name}: free some on its file system")
+            }
+            _ => format!("cannot write to the image of {name}"),
+        };
+        anyhow::Error::new(e).context(what)
     }
 
     /// Returns when what was written to it would outlive a loss of power.

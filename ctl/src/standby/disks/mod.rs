@@ -21,8 +21,6 @@
 //! One thread may stage and seal while another applies. Locks are taken in the order of the fields of
 //! [`Store`].
 
-#![allow(dead_code)]
-
 mod changes;
 mod header;
 mod image;
@@ -34,7 +32,7 @@ mod space;
 mod sums;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -53,7 +51,6 @@ use self::image::Image;
 use self::journal::Journal;
 use self::medium::Plain;
 use self::space::Promises;
-pub use self::sums::Whole;
 pub use crate::config::disk::{Durability, Format};
 use crate::peer::stream::lock;
 
@@ -255,7 +252,8 @@ impl Store {
     }
 
     /// The sum of all of each disk.
-    pub fn checksum(&self) -> Result<Vec<Whole>> {
+    #[cfg(test)]
+    pub fn checksum(&self) -> Result<Vec<sums::Whole>> {
         let _writing = lock(&self.writing);
         self.images.iter().map(sums::whole).collect()
     }
@@ -270,14 +268,13 @@ impl Store {
             generation,
             epoch: 0,
         });
+        lock(&self.promises).clear();
         let mut journal = lock(&self.journal);
         let mut state = self.state()?;
         state.content = content;
         state.clear();
         drop(state);
-        self.vital(journal.forget(content))?;
-        lock(&self.promises).clear();
-        Ok(())
+        self.vital(journal.forget(content))
     }
 
     /// Writes changes of a first copy at once.
@@ -296,6 +293,9 @@ impl Store {
     pub fn stage(&self, payload: Vec<u8>) -> Result<()> {
         changes::check(&payload, &self.disks)?;
         let mut state = self.state()?;
+        if payload.is_empty() {
+            bail!("it sends changes that are none");
+        }
         let held = state.held + payload.len() as u64;
         if held > 2 * self.bound {
             bail!(
@@ -434,6 +434,7 @@ impl Store {
     pub fn discard(&self) -> Result<()> {
         let _writing = lock(&self.writing);
         let _sealing = lock(&self.sealing);
+        lock(&self.promises).clear();
         let mut journal = lock(&self.journal);
         let mut state = self.state()?;
         if let Content::Copying(_) = state.content {
@@ -442,7 +443,6 @@ impl Store {
         state.clear();
         let (content, applied) = (state.content, state.newest);
         drop(state);
-        lock(&self.promises).clear();
         if journal.has_after(applied) {
             self.vital(self.sync().and_then(|()| journal.forget(content)))?;
         }

@@ -40,12 +40,7 @@ impl Promises {
         for extent in &extents {
             let image = images.get(extent.disk).context("a change of no disk")?;
             let done = image.medium.reserve(extent.range.clone(), held);
-            done.with_context(|| {
-                format!(
-                    "there is no space for the image of {}: free some on its file system",
-                    image.name
-                )
-            })?;
+            done.map_err(|e| image.unwritten(e))?;
         }
         self.epochs.push_back((epoch, extents));
         Ok(())

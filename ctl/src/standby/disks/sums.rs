@@ -5,13 +5,10 @@
 use std::ops::Range;
 
 use anyhow::{Context, Result};
-use remus_proto::disk::{Sum, Sums, CHUNK};
-use ring::digest::{digest, Context as Hash, SHA256};
+use remus_proto::disk::{Sums, CHUNK};
 
 use super::image::Image;
-
-/// The SHA-256 of a whole disk.
-pub type Whole = [u8; 32];
+use crate::peer::sum::sum;
 
 /// A chunk of an image.
 struct Chunk<'a> {
@@ -63,16 +60,6 @@ impl<'a> Chunks<'a> {
     }
 }
 
-fn sum(chunk: &[u8]) -> Sum {
-    let mut sum = Sum::default();
-    let digest = digest(&SHA256, chunk);
-    // As long as the shorter one.
-    sum.iter_mut()
-        .zip(digest.as_ref())
-        .for_each(|(to, from)| *to = *from);
-    sum
-}
-
 /// Hands out the sums of all chunks of an image, as many at a time as fit into a frame.
 pub(super) fn send(
     image: &Image,
@@ -107,8 +94,15 @@ pub(super) fn send(
     }
 }
 
+/// The SHA-256 of a whole disk.
+#[cfg(test)]
+pub type Whole = [u8; 32];
+
 /// The sum of all of an image.
+#[cfg(test)]
 pub(super) fn whole(image: &Image) -> Result<Whole> {
+    use ring::digest::{Context as Hash, SHA256};
+
     static ZEROS: [u8; CHUNK] = [0; CHUNK];
     let mut hash = Hash::new(&SHA256);
     let mut chunks = Chunks::new(image);

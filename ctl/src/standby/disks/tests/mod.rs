@@ -4,7 +4,7 @@
 
 mod crashes;
 mod damage;
-mod model;
+pub(crate) mod model;
 mod power;
 mod qemu;
 mod space;

@@ -37,10 +37,15 @@ struct Host {
     left: Option<u64>,
     /// Blocks that are free, on images; if that is limited.
     free: Option<u64>,
+    /// No more space of images can be reserved, whatever is written to.
+    full: bool,
 }
 
-/// The host: two disks, and the journal as the last file.
-pub(super) struct World(Arc<Mutex<Host>>);
+/// The host: some disks, and the journal as the last file.
+pub(crate) struct World {
+    host: Arc<Mutex<Host>>,
+    disks: Vec<(String, u64)>,
+}
 
 struct Handle {
     host: Arc<Mutex<Host>>,
@@ -50,64 +55,81 @@ struct Handle {
 pub(super) const SIZES: [u64; 2] = [16384, 5000];
 
 impl World {
+    /// With disks of these sizes, called d0 and so on.
     pub(super) fn new() -> Self {
-        let mut files = vec![Bytes::default(); SIZES.len() + 1];
-        for (file, size) in files.iter_mut().zip(SIZES) {
-            file.safe = vec![0; size as usize];
+        let sizes = SIZES.iter().enumerate();
+        Self::of(sizes.map(|(n, size)| (format!("d{n}"), *size)).collect())
+    }
+
+    /// With these disks, which are all holes.
+    pub(crate) fn of(disks: Vec<(String, u64)>) -> Self {
+        let mut files = vec![Bytes::default(); disks.len() + 1];
+        for (file, (_, size)) in files.iter_mut().zip(&disks) {
+            file.safe = vec![0; *size as usize];
             file.seen = file.safe.clone();
         }
-        let world = Self(Arc::new(Mutex::new(Host {
+        let host = Arc::new(Mutex::new(Host {
             files,
             ..Host::default()
-        })));
-        Journal::create(&world.handle(SIZES.len()), &disks()).unwrap();
+        }));
+        let world = Self { host, disks };
+        Journal::create(&world.handle(world.disks.len()), &world.disks).unwrap();
         world
     }
 
     /// Another one that is the same.
     pub(super) fn copy(&self) -> Self {
-        Self(Arc::new(Mutex::new(lock(&self.0).clone())))
+        Self {
+            host: Arc::new(Mutex::new(lock(&self.host).clone())),
+            disks: self.disks.clone(),
+        }
     }
 
     fn handle(&self, file: usize) -> Handle {
         Handle {
-            host: self.0.clone(),
+            host: self.host.clone(),
             file,
         }
     }
 
-    pub(super) fn open(&self, durability: Durability, bound: u64) -> anyhow::Result<Store> {
+    pub(crate) fn open(&self, durability: Durability, bound: u64) -> anyhow::Result<Store> {
         let image = |(n, (name, size)): (usize, (String, u64))| Image {
             name,
             size,
             medium: Box::new(self.handle(n)),
-            export: None,
+            _export: None,
         };
-        let images = disks().into_iter().enumerate().map(image).collect();
-        let journal = Box::new(self.handle(SIZES.len()));
-        let journal = Journal::open(journal, "guest.journal".into(), &disks())?;
+        let images = self.disks.clone().into_iter().enumerate().map(image);
+        let images = images.collect();
+        let journal = Box::new(self.handle(self.disks.len()));
+        let journal = Journal::open(journal, "guest.journal".into(), &self.disks)?;
         Store::recover(images, journal, durability, bound)
     }
 
     /// It dies after so many more writes and syncs.
     pub(super) fn die_after(&self, left: Option<u64>) {
-        lock(&self.0).left = left;
+        lock(&self.host).left = left;
     }
 
     pub(super) fn dead(&self) -> bool {
-        lock(&self.0).left == Some(0)
+        lock(&self.host).left == Some(0)
     }
 
     /// So many blocks of images are free.
-    pub(super) fn set_free(&self, blocks: u64) {
-        lock(&self.0).free = Some(blocks);
+    pub(crate) fn set_free(&self, blocks: u64) {
+        lock(&self.host).free = Some(blocks);
+    }
+
+    /// Other programs take all space that is not reserved, and nothing can be written over in its place.
+    pub(crate) fn fill(&self) {
+        lock(&self.host).full = true;
     }
 
     /// The power fails, and is back.
     pub(super) fn lose_power(&self, random: &mut Random) {
         // Also those where nearly all, or nearly nothing, was written.
         let kept = [1, 8, 15][random.below(3) as usize];
-        for file in &mut lock(&self.0).files {
+        for file in &mut lock(&self.host).files {
             for (at, data) in std::mem::take(&mut file.since) {
                 if random.below(16) < kept {
                     let end = at + data.len();
@@ -123,26 +145,22 @@ impl World {
 
     /// What the images hold.
     pub(super) fn content(&self) -> Content {
-        let host = lock(&self.0);
-        let images = host.files[..SIZES.len()].iter();
+        let host = lock(&self.host);
+        let images = host.files[..self.disks.len()].iter();
         images.map(|file| file.seen.clone()).collect()
     }
 
     /// That nothing in the images is to be lost.
     pub(super) fn synced(&self) -> bool {
-        let host = lock(&self.0);
-        host.files[..SIZES.len()].iter().all(|f| f.since.is_empty())
+        let host = lock(&self.host);
+        let mut images = host.files[..self.disks.len()].iter();
+        images.all(|f| f.since.is_empty())
     }
 
     /// The journal's bytes, to be looked at or damaged.
     pub(super) fn journal<T>(&self, with: impl FnOnce(&mut [u8]) -> T) -> T {
-        with(&mut lock(&self.0).files[SIZES.len()].seen)
+        with(&mut lock(&self.host).files[self.disks.len()].seen)
     }
-}
-
-pub(super) fn disks() -> Vec<(String, u64)> {
-    let sizes = SIZES.iter().enumerate();
-    sizes.map(|(n, size)| (format!("d{n}"), *size)).collect()
 }
 
 impl Handle {
@@ -160,7 +178,7 @@ impl Handle {
         }
         let Host { files, free, .. } = &mut *host;
         let mut unlimited = None;
-        let free = match self.file < SIZES.len() {
+        let free = match self.file < files.len() - 1 {
             true => free,
             false => &mut unlimited,
         };
@@ -225,6 +243,9 @@ impl Medium for Handle {
     }
 
     fn reserve(&self, range: Range<u64>, _: u64) -> io::Result<()> {
+        if lock(&self.host).full {
+            return Err(ErrorKind::StorageFull.into());
+        }
         self.with(|file, free| Self::take(file, free, range))?
     }
 

@@ -80,7 +80,7 @@ impl Truth {
             Step::Stage(count) => {
                 let changed = &mut self.open.clone();
                 let payload = changes(&mut self.random, changed, (*count).into(), 3000);
-                if store.held() + (payload.len() as u64) < BOUND {
+                if *count > 0 && store.held() + (payload.len() as u64) < BOUND {
                     store.stage(payload)?;
                     self.open.clone_from(changed);
                 }
