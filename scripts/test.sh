@@ -62,7 +62,7 @@ disk_takeovers() {
     [ -z "$khz" ] || words="tsc_early_khz=$khz setcpuid=tsc_known_freq"
     cd ctl
     REMUS_GUEST_KERNEL=$kernel/arch/x86/boot/bzImage REMUS_GUEST_INITRAMFS=$guest REMUS_GUEST_WORDS=$words \
-        CARGO_TARGET_DIR=$TOP/build/cargo "$CARGO" test --quiet --locked --workspace linux_guest -- --ignored --nocapture
+        CARGO_TARGET_DIR=$TOP/build/cargo "$CARGO" test --quiet --locked --workspace --bin remusctl linux_guest -- --ignored --nocapture
 }
 
 if [ "$what" = all ] || [ "$what" = check ]; then
