@@ -13,11 +13,11 @@ KDIR ?=
 # Debian's own Rust, from scripts/lib.sh: the controller shares source with the module.
 cargo = . scripts/lib.sh && build_tools && export CARGO_TARGET_DIR="$$TOP/build/cargo" && cd ctl && "$$CARGO"
 
-.PHONY: help kernel module ctl tc install uninstall guest demo test test-kernel test-qdisc-long test-ram-long test-tc test-errors test-takeover test-disks bench-qdisc bench-ram bench-replication bench-disk lint check clean
+.PHONY: help kernel module ctl tc install uninstall guest demo test test-kernel test-qdisc-long test-ram-long test-tc test-errors test-disk-takeover test-takeover test-disks bench-qdisc bench-ram bench-replication bench-disk lint check clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
-	@echo '  Variables: FLAVOUR=release|debug (kernel, module), KDIR=DIR (module, install), RUNS=N (test-takeover, test-disks),'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
+	@echo '  Variables: FLAVOUR=release|debug (kernel, module), KDIR=DIR (module, install), RUNS=N (test-takeover, test-disk-takeover, test-disks),'
 	@echo '  PREFIX=DIR (install: remusctl below it, default /usr/local), DESTDIR=DIR (install: everything below it),'
 	@echo '  DEMO="--memory 512 ..." (demo; see tests/demo/run --help), BENCH="--rounds 1 ..." (bench-replication, bench-disk),'
 	@echo '  REMUS_CACHE=DIR (default ~/.cache/remus).'
@@ -48,7 +48,7 @@ guest: ## build the guest that the demo protects
 demo: ## protect a guest, kill its host, see a client go on
 	@scripts/demo.sh $(DEMO)
 
-test: ## everything: lint, host tests, kernel tests, ten take-overs
+test: ## everything: lint, host tests, kernel tests, twenty take-overs with disks, ten with connections
 	@scripts/test.sh all
 
 test-kernel: ## only the kernel tests, on the debug flavour
@@ -69,7 +69,10 @@ test-errors: ## only what people get wrong, and what they are told
 test-takeover: ## only the take-overs (RUNS=10), and single processes killed
 	@RUNS="$(or $(RUNS),10)" scripts/test.sh takeover
 
-test-disks: ## only the take-overs of guests with disks (RUNS=20): nothing lost on disk, file systems clean
+test-disk-takeover: ## only the take-overs with disks (RUNS=20): ext4, fio and a ledger in an emulated guest
+	@REMUS_TAKEOVERS="$(or $(RUNS),20)" scripts/test.sh disk-takeover
+
+test-disks: ## the same with module and KVM (RUNS=20); not part of test, as emulated processors fail in it
 	@RUNS="$(or $(RUNS),20)" scripts/test.sh disks
 
 bench-qdisc: ## what holding packets costs, beside sch_plug, ifb and pfifo_fast

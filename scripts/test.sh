@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0
 # Run tests and count their cases.
 #
-#   scripts/test.sh all|check|kernel|tc|errors|takeover|disks|qdisc-long|ram-long
+#   scripts/test.sh all|check|kernel|tc|errors|disk-takeover|takeover|disks|qdisc-long|ram-long
 #
 # Cases are counted from what the tests themselves print: cargo's "test result:" lines, and lines
 # "ok ..." and "not ok ..." (TAP) of the others. A step that fails without naming a failed case, such
@@ -12,8 +12,8 @@
 
 what=${1:-all}
 case $what in
-    all | check | kernel | tc | errors | takeover | disks | qdisc-long | ram-long) ;;
-    *) die "unknown tests '$what': say all, check, kernel, tc, errors, takeover, disks, qdisc-long or ram-long." ;;
+    all | check | kernel | tc | errors | disk-takeover | takeover | disks | qdisc-long | ram-long) ;;
+    *) die "unknown tests '$what': say all, check, kernel, tc, errors, disk-takeover, takeover, disks, qdisc-long or ram-long." ;;
 esac
 cd "$TOP"
 mkdir -p build/report build/test
@@ -42,11 +42,27 @@ host_tests() {
     qemu_tools
     install_packages nbdkit
     cd ctl
-    CARGO_TARGET_DIR=$TOP/build/cargo "$CARGO" test --quiet --locked --workspace --no-fail-fast || return 1
+    # What needs a kernel is a step of its own.
+    CARGO_TARGET_DIR=$TOP/build/cargo "$CARGO" test --quiet --locked --workspace --no-fail-fast -- --skip linux_guest || return 1
     cd ../qdisc/tc
     CARGO_TARGET_DIR=$TOP/build/tc/cargo "$CARGO" test --quiet --locked --no-fail-fast || return 1
     cd ../../tests/ram
     CARGO_TARGET_DIR=$TOP/build/ram/cargo "$CARGO" test --quiet --release --locked --no-fail-fast
+}
+
+# Both hosts in one process, with real QEMUs that emulate a Linux guest, and a model in the module's place.
+disk_takeovers() {
+    local kernel guest khz words=''
+    build_tools
+    run_tools
+    kernel=$(scripts/kernel.sh release) || return 1
+    guest=$(scripts/guest.sh) || return 1
+    # See scripts/vm.sh.
+    khz=$(scripts/tsc-khz)
+    [ -z "$khz" ] || words="tsc_early_khz=$khz setcpuid=tsc_known_freq"
+    cd ctl
+    REMUS_GUEST_KERNEL=$kernel/arch/x86/boot/bzImage REMUS_GUEST_INITRAMFS=$guest REMUS_GUEST_WORDS=$words \
+        CARGO_TARGET_DIR=$TOP/build/cargo "$CARGO" test --quiet --locked --workspace --bin remusctl linux_guest -- --ignored --nocapture
 }
 
 if [ "$what" = all ] || [ "$what" = check ]; then
@@ -60,6 +76,9 @@ if [ "$what" = qdisc-long ]; then step "qdisc, long" tests/kernel/run --long ora
 if [ "$what" = ram-long ]; then step "RAM, long" env REMUS_FLAVOUR=release tests/kernel/run --long check.; fi
 if [ "$what" = all ] || [ "$what" = tc ]; then step "tc" tests/tdc/run; fi
 if [ "$what" = all ] || [ "$what" = errors ]; then step "errors" tests/errors/run; fi
+# After each of REMUS_TAKEOVERS (20): the disks are those of the epoch, byte for byte; the file systems are clean; the ledger has every
+# entry that the client was told of; and fio goes on and finds all that it has written.
+if [ "$what" = all ] || [ "$what" = disk-takeover ]; then step "take-overs with disks" disk_takeovers; fi
 if [ "$what" = all ] || [ "$what" = takeover ]; then
     # The timeout is longer than a busy host keeps an emulated machine from running.
     step "take-overs" scripts/demo.sh --tap --report takeovers --timeout 3000 --runs "${RUNS:-10}"
@@ -69,8 +88,9 @@ if [ "$what" = all ] || [ "$what" = takeover ]; then
     # to see that too.
     step "fail closed" scripts/demo.sh --tap --report fail-closed --timeout 3000 --memory 512 --vhost --runs 5 --kill remusctl,qemu,standby,partition,failover
 fi
-# Not part of all: a guest that is busy with its disks leaves and enters its processor so often that the emulated one fails in every
-# other run. What all has of disks is in the host tests: two hosts, real QEMUs and nbdkit, a guest that writes all the time.
+# Not part of all: the same with the module, remusctl's processes and KVM. There a guest that is busy with its disks leaves and enters
+# its processor so often that the emulated one fails in every other run. What all has of disks needs no KVM in an emulated machine: the
+# host tests, and the take-overs with disks above.
 # A guest with disks, of both formats and on both kinds of device. After each take-over the client's ledger is whole, in Redis and
 # on the disk; fio goes on and finds all that it has written; the file systems are clean. After a planned switch the images are
 # the same on both hosts, byte for byte. An odd number of ways to die, so that each one meets both orders of the devices.

@@ -300,14 +300,14 @@ fn stand_by(
     }
 }
 
-fn callers() -> (Callers, SocketAddr) {
+pub(super) fn callers() -> (Callers, SocketAddr) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let callers = Callers::open(listener, Way::Plain, Limits::default(), Caller::meet).unwrap();
     (callers, address)
 }
 
-fn channel_to(address: SocketAddr) -> Result<(Channel, TcpStream)> {
+pub(super) fn channel_to(address: SocketAddr) -> Result<(Channel, TcpStream)> {
     let stream = TcpStream::connect(address)?;
     let other = stream.try_clone()?;
     Ok((Channel::connect(stream, &Way::Plain, TIMEOUT)?, other))

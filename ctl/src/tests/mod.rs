@@ -7,6 +7,7 @@
 mod disks;
 mod faults;
 mod guest_with_disk;
+mod linux_guest;
 mod machine;
 mod model;
 mod replay;
