@@ -117,6 +117,20 @@ impl Default for Limits {
     }
 }
 
+impl Limits {
+    fn half(self) -> Self {
+        Self {
+            packets: self.packets / 2,
+            bytes: self.bytes / 2,
+        }
+    }
+
+    /// Whether so much is more.
+    fn are_passed(self, packets: u64, bytes: u64) -> bool {
+        packets > self.packets || bytes > self.bytes
+    }
+}
+
 /// Packets dropped, by cause.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Drops {
@@ -163,6 +177,8 @@ pub(crate) struct State {
     /// keep it, or when told to. Changes only under the domain's lock, too.
     passing: bool,
     limits: Limits,
+    /// What may be held without a closer look: half of the limits; nothing while the domain counts, too.
+    easy: Limits,
     drops: Drops,
     hold_last_ns: u64,
     hold_max_ns: u64,
@@ -183,6 +199,7 @@ impl Default for State {
             discarded: PacketQueue::new(),
             passing: false,
             limits: Limits::default(),
+            easy: Limits::default().half(),
             drops: Drops::default(),
             hold_last_ns: 0,
             hold_max_ns: 0,
@@ -193,6 +210,17 @@ impl Default for State {
 }
 
 impl State {
+    fn set_limits(&mut self, limits: Limits, counted: bool) {
+        (self.limits, self.counted) = (limits, counted);
+        self.easy = match counted {
+            true => Limits {
+                packets: 0,
+                bytes: 0,
+            },
+            false => limits.half(),
+        };
+    }
+
     /// The newest epoch of which the first packet in the queue may go.
     fn due(&self) -> u64 {
         if self.released > 0 {
@@ -282,7 +310,7 @@ impl Port {
             GFP_KERNEL,
         )?;
         port.instance.lock(|queue| {
-            queue.state.limits = limits;
+            queue.state.set_limits(limits, false);
             port.set_passing(queue, passing);
         });
         Ok(port)
@@ -310,8 +338,10 @@ impl Port {
 
     /// Changes how much it may hold; what it holds already stays. Process context.
     pub(crate) fn set_limits(&self, change: impl FnOnce(Limits) -> Limits) {
-        self.instance
-            .lock(|queue| queue.state.limits = change(queue.state.limits));
+        self.instance.lock(|queue| {
+            let state = &mut *queue.state;
+            state.set_limits(change(state.limits), state.counted);
+        });
     }
 
     /// How it is now: nothing is left once its qdisc is gone. Process context.
@@ -399,8 +429,7 @@ impl Port {
         }
         let memory = u64::from(packet.memory());
         let (packets, bytes) = (state.queue.packets() + 1, state.queue.memory() + memory);
-        let near = packets > state.limits.packets / 2 || bytes > state.limits.bytes / 2;
-        if (near || state.counted) && !self.fits(state, packets, bytes, memory) {
+        if state.easy.are_passed(packets, bytes) && !self.fits(state, packets, bytes, memory) {
             return Verdict::Drop(packet);
         }
         let result = account(queue, &packet);
@@ -418,13 +447,12 @@ impl Port {
     #[inline(never)]
     fn fits(&self, state: &mut State, packets: u64, bytes: u64, memory: u64) -> bool {
         let limits = state.limits;
-        let fits = packets <= limits.packets
-            && bytes <= limits.bytes
-            && (!state.counted || self.domain.take(memory));
+        let fits =
+            !limits.are_passed(packets, bytes) && (!state.counted || self.domain.take(memory));
         if !fits {
             state.drops.limit += 1;
             self.domain.tell(Event::Overflow);
-        } else if packets > limits.packets / 2 || bytes > limits.bytes / 2 {
+        } else if limits.half().are_passed(packets, bytes) {
             self.domain.tell(Event::BufferHigh);
         }
         fits
@@ -476,7 +504,7 @@ impl Port {
                 } else {
                     self.domain.give(packets, memory);
                 }
-                state.counted = counted;
+                state.set_limits(state.limits, counted);
             }
         });
     }

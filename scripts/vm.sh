@@ -10,6 +10,8 @@
 #     --cpus N                 (2)
 #     --out DIR                where kernel.log goes (build/vm/<name of the command>)
 #     --append WORDS           more words for the kernel's command line
+#     --count                  emulate it, on one thread, and have its clock count instructions, 1 ns each:
+#                              whatever else the host does then makes no difference to what is measured in it
 #
 # The command's output and exit status become this script's; besides, 120 is a kernel panic, 121 a
 # machine that ended without the command's status, 124 a timeout, 125 a machine that did not start.
@@ -18,7 +20,7 @@
 
 . "$(dirname "$0")/lib.sh"
 
-flavour=release timeout=300 memory=2048 cpus=2 out='' append=''
+flavour=release timeout=300 memory=2048 cpus=2 out='' append='' count=
 while [ $# -gt 0 ]; do
     case $1 in
         --kernel) flavour=${2:?} && shift 2 ;;
@@ -27,6 +29,7 @@ while [ $# -gt 0 ]; do
         --cpus) cpus=${2:?} && shift 2 ;;
         --out) out=${2:?} && shift 2 ;;
         --append) append=${2:?} && shift 2 ;;
+        --count) count=yes && shift ;;
         --help | -h) sed -n '3,/^$/s/^# \{0,1\}//p' "$0" && exit 0 ;;
         --) shift && break ;;
         *) (die "unknown option '$1': see $0 --help.") || exit 125 ;;
@@ -87,11 +90,15 @@ probe_accel() {
     exec 6>&-
     cat "$answer"
 }
+threads=multi counting=()
+if [ -n "$count" ]; then
+    REMUS_ACCEL=tcg threads=single counting=(-icount 'shift=0,sleep=off')
+fi
 accel=${REMUS_ACCEL:-$(probe_accel)}
 case $accel in
     kvm) accelerate=(-accel kvm -cpu host) ;;
     *)
-        accelerate=(-accel 'tcg,thread=multi' -cpu 'max,+svm,la57=off')
+        accelerate=(-accel "tcg,thread=$threads" -cpu 'max,+svm,la57=off' "${counting[@]}")
         # An emulated CPU cannot tell the rate of its TSC, so the kernel measures it at boot, on a busy host 80
         # times wrong, and again, better, a second later. KVM keeps the first figure; where it is more than
         # 250 ppm below the second, it gives a nested guest a TSC without which its timers never fire

@@ -146,8 +146,9 @@ impl PacketQueue {
 
     /// Appends a packet of `epoch`.
     pub(crate) fn push(&mut self, packet: Packet, epoch: u64) {
-        self.packets += 1;
-        self.memory += u64::from(packet.memory());
+        // Sums over what is in memory do not overflow: not checked, as it is for each packet.
+        self.packets = self.packets.wrapping_add(1);
+        self.memory = self.memory.wrapping_add(packet.memory().into());
         let skb = packet.into_raw();
         // SAFETY: The packet was owned, so nothing else has it; its control block is the queue
         // discipline's, by the invariant of `Packet`. `tail` is valid if it is not null.
@@ -186,8 +187,9 @@ impl PacketQueue {
         }
         // SAFETY: The queue owned the packet, which is now off the chain.
         let packet = unsafe { Packet::from_raw(skb) };
-        self.packets -= 1;
-        self.memory -= u64::from(packet.memory());
+        // It was in the sums.
+        self.packets = self.packets.wrapping_sub(1);
+        self.memory = self.memory.wrapping_sub(packet.memory().into());
         Some(packet)
     }
 

@@ -10,7 +10,7 @@ The sender hands 1,000 packets to the kernel with one call (sendmmsg). The recei
 marked packets through, so that hardly anything is spent on receiving, and that the last of a burst says
 that all before it were handled.
 
-Everything is pinned to one processor. For `cost` the machine has no other: the time that passed, less
+Everything is pinned to one processor. For `cost` and `instructions` the machine has no other: the time that passed, less
 the time that the processor idled, is then what sender, control calls, release and delivery took,
 softirqs included.
 """
@@ -422,26 +422,30 @@ def quotients(one, two):
     return [a / b for a, b in zip(one, two)]
 
 
-def cost(bench):
-    line, guest, unit = bench.egress, bench.captured, "ns/packet"
+def cost(bench, suffix="", what="processor time", unit="ns/packet"):
+    line, guest = bench.egress, bench.captured
 
     (remus, plug), idle = packet_costs(bench, [Remus(bench, line), Plug(bench, line)])
-    bench.report("egress_vs_plug", "processor time a packet held and released in epochs of 1,000: remus / sch_plug", 1.05,
+    bench.report("egress_vs_plug" + suffix, f"{what} a packet held and released in epochs of 1,000: remus / sch_plug", 1.05,
                  quotients(remus, plug), {"remus": summary(remus, unit), "sch_plug": summary(plug, unit)}, idle_share_max=idle)
 
     (plain, remus, plug), idle = packet_costs(
         bench, [Plain(bench, guest), Remus(bench, guest), IfbPlug(bench, guest)])
     added = [a - b for a, b in zip(remus, plain)], [a - b for a, b in zip(plug, plain)]
-    bench.report("guest_added_vs_ifb_plug", "processor time a packet that capture adds to veth, bridge, veth: "
+    bench.report("guest_added_vs_ifb_plug" + suffix, f"{what} a packet that capture adds to veth, bridge, veth: "
                  "remus / ifb, mirred and sch_plug", 0.6, quotients(*added),
                  {"remus adds": summary(added[0], unit), "ifb and plug add": summary(added[1], unit),
                   "uncaptured": summary(plain, unit), "remus": summary(remus, unit), "ifb and plug": summary(plug, unit)},
                  idle_share_max=idle)
 
-    what = "processor time a packet: remus in passthrough / pfifo_fast"
     (remus, pfifo), idle = packet_costs(bench, [Pass(bench, line), Pfifo(bench, line)])
-    bench.report("pass_vs_pfifo", what, 1.1, quotients(remus, pfifo),
-                 {"remus": summary(remus, unit), "pfifo_fast": summary(pfifo, unit)}, idle_share_max=idle)
+    bench.report("pass_vs_pfifo" + suffix, f"{what} a packet: remus in passthrough / pfifo_fast", 1.1,
+                 quotients(remus, pfifo), {"remus": summary(remus, unit), "pfifo_fast": summary(pfifo, unit)}, idle_share_max=idle)
+
+
+def instructions(bench):
+    """The same in a machine whose clock counts them: vm.sh --count."""
+    cost(bench, "_instructions", "instructions", "instructions/packet")
 
 
 # Calls and release
@@ -549,4 +553,4 @@ def loss(bench, rounds=5):
     bench.figures["release_loss"]["met"] = max(lost[0]) == 0
 
 
-PHASES = {"cost": cost, "calls": calls}
+PHASES = {"cost": cost, "instructions": instructions, "calls": calls}
