@@ -238,6 +238,15 @@ impl Scene {
     fn commits(&self) -> usize {
         lock(&self.model.book).commits.len()
     }
+
+    /// Ends its protection in good order: the standby has the disk of the epoch that it holds.
+    fn end(&self, protecting: JoinHandle<protect::End>, receiving: JoinHandle<(Held, Store)>) {
+        self.stop.store(true, Ordering::SeqCst);
+        let end = protecting.join().unwrap();
+        assert!(matches!(end, protect::End::Asked), "{end}");
+        let (held, store) = receiving.join().unwrap();
+        same_disk(&self.model, &self.sums, held.epoch, &store);
+    }
 }
 
 /// Serves one caller.
@@ -298,6 +307,16 @@ fn stand_by(
             standby::End::Asked => panic!("not asked for"),
         }
     }
+}
+
+/// A standby that serves whoever comes, until one says good-bye, and where it listens.
+fn standing_by(ram: PathBuf, store: Store) -> (SocketAddr, JoinHandle<(Held, Store)>) {
+    let (callers, address) = callers();
+    let receiving = thread::spawn(move || {
+        let (held, _) = stand_by(&callers, &ram, &store, &|_| {});
+        (held, store)
+    });
+    (address, receiving)
 }
 
 pub(super) fn callers() -> (Callers, SocketAddr) {
@@ -430,32 +449,20 @@ fn a_half_full_buffer_ends_the_epoch() {
     let bound = 128 << 10;
     let mut scene = Scene::new(bound);
     scene.plan.pace = Pace::Fixed(Duration::from_secs(3600));
-    let (ram, store) = (scene.at("b.ram"), scene.store(Durability::Memory, 64 << 20));
-    let (callers, address) = callers();
-    let receiving = thread::spawn(move || {
-        let (held, _) = stand_by(&callers, &ram, &store, &|_| {});
-        (held, store)
-    });
+    let store = scene.store(Durability::Memory, 64 << 20);
+    let (address, receiving) = standing_by(scene.at("b.ram"), store);
     let connect = move || channel_to(address).map(|(channel, _)| channel);
     let protecting = scene.protect(connect, channel().1);
     until("epochs", LONG, || scene.commits() >= 5);
-    scene.stop.store(true, Ordering::SeqCst);
-    let end = protecting.join().unwrap();
-    assert!(matches!(end, protect::End::Asked), "{end}");
-    let (held, store) = receiving.join().unwrap();
-    same_disk(&scene.model, &scene.sums, held.epoch, &store);
+    scene.end(protecting, receiving);
 }
 
 /// A planned switch: the guest stands still at the epoch that the standby has.
 #[test]
 fn disk_is_handed_over() {
     let mut scene = Scene::new(64 << 20);
-    let (ram, store) = (scene.at("b.ram"), scene.store(Durability::Memory, 64 << 20));
-    let (callers, address) = callers();
-    let receiving = thread::spawn(move || {
-        let (held, _) = stand_by(&callers, &ram, &store, &|_| {});
-        (held, store)
-    });
+    let store = scene.store(Durability::Memory, 64 << 20);
+    let (address, receiving) = standing_by(scene.at("b.ram"), store);
     let connect = move || channel_to(address).map(|(channel, _)| channel);
     let (order, orders) = channel();
     let protecting = scene.protect(connect, orders);
@@ -523,11 +530,7 @@ fn disk_after_a_new_standby() {
     });
     let target = scene.commits() + 5;
     until("commits", LONG, || scene.commits() >= target);
-    scene.stop.store(true, Ordering::SeqCst);
-    let end = protecting.join().unwrap();
-    assert!(matches!(end, protect::End::Asked), "{end}");
-    let (held, store) = receiving.join().unwrap();
-    same_disk(&scene.model, &scene.sums, held.epoch, &store);
+    scene.end(protecting, receiving);
 }
 
 /// The disk stream is cut in the middle of the first copy, which begins anew.
@@ -536,12 +539,8 @@ fn disk_after_a_copy_that_was_cut_off() {
     // So little that QEMU has not written all before it is sent.
     const BOUND: u64 = 1 << 20;
     let mut scene = Scene::new(BOUND);
-    let (ram, store) = (scene.at("b.ram"), scene.store(Durability::Memory, BOUND));
-    let (callers, address) = callers();
-    let receiving = thread::spawn(move || {
-        let (held, _) = stand_by(&callers, &ram, &store, &|_| {});
-        (held, store)
-    });
+    let store = scene.store(Durability::Memory, BOUND);
+    let (address, receiving) = standing_by(scene.at("b.ram"), store);
     let (mut streams, left) = (0, Arc::new(AtomicUsize::new(1 << 20)));
     let budget = Arc::clone(&left);
     let connect = move || {
@@ -556,11 +555,7 @@ fn disk_after_a_copy_that_was_cut_off() {
     let protecting = scene.protect(connect, channel().1);
     until("commits", LONG, || scene.commits() >= 3);
     assert_eq!(left.load(Ordering::SeqCst), 0, "it was cut");
-    scene.stop.store(true, Ordering::SeqCst);
-    let end = protecting.join().unwrap();
-    assert!(matches!(end, protect::End::Asked), "{end}");
-    let (held, store) = receiving.join().unwrap();
-    same_disk(&scene.model, &scene.sums, held.epoch, &store);
+    scene.end(protecting, receiving);
     let trace = fs::read_to_string(scene.at("trace")).unwrap();
     assert!(trace.contains("\"standby-lost\""), "{trace}");
     assert_eq!(trace.matches("\"disks-copied\"").count(), 1);
