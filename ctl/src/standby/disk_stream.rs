@@ -93,6 +93,7 @@ impl<'a> DiskStream<'a> {
                 _ => Err(there(format!("the disks are not those of epoch {epoch}"))),
             },
             (Kind::DiskChanges, 0) if self.copying => {
+                self.store.check_changes(&payload).map_err(Trouble::There)?;
                 self.store.copy(&payload).map_err(Trouble::Here)
             }
             (Kind::DiskChanges, 0) => Err(there("changes of a copy that was not begun".into())),

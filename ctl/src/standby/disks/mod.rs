@@ -277,9 +277,14 @@ impl Store {
         self.vital(journal.forget(content))
     }
 
+    /// Fails unless all changes are within the disks.
+    pub fn check_changes(&self, payload: &[u8]) -> Result<()> {
+        changes::check(payload, &self.disks)
+    }
+
     /// Writes changes of a first copy at once.
     pub fn copy(&self, payload: &[u8]) -> Result<()> {
-        changes::check(payload, &self.disks)?;
+        self.check_changes(payload)?;
         let _writing = lock(&self.writing);
         let state = self.state()?;
         if !matches!(state.content, Content::Copying(_)) || !state.sealed.is_empty() {
@@ -291,7 +296,7 @@ impl Store {
 
     /// Adds changes to the open epoch. Fails, and keeps nothing of them, unless all are within the disks.
     pub fn stage(&self, payload: Vec<u8>) -> Result<()> {
-        changes::check(&payload, &self.disks)?;
+        self.check_changes(&payload)?;
         let mut state = self.state()?;
         if payload.is_empty() {
             bail!("it sends changes that are none");
