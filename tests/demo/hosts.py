@@ -329,6 +329,9 @@ class Hosts:
         words, begin = f"({script}) </dev/null 2>&1; echo \"status $?\"\n", time.monotonic()
         # Who would notice the guest's end.
         owner = self.processes.get("qemu" if self.active() == "web" else "standby")
+        if owner and owner.poll() is not None:
+            # A standby leaves its machine alone once that is protected again.
+            owner = None
         try:
             while True:
                 try:
