@@ -476,8 +476,8 @@ impl Port {
         Some(queue.sent(packet))
     }
 
-    /// The first packet will not be here any more, if it may go. Apart from [`next_outgoing`](Self::next_outgoing),
-    /// which then calls nothing else and needs no stack: most domains have no limit.
+    /// The first packet will not be here any more, if it may go. Called before it is taken out, and apart, so that
+    /// [`next_outgoing`](Self::next_outgoing) has nothing to keep over a call: most domains have no limit.
     #[cold]
     #[inline(never)]
     fn first_gone(&self, state: &State) {

@@ -51,6 +51,7 @@ pub struct Record {
 ///
 /// - The `len` records from `head` on, around the end of `room`, have ascending epochs below
 ///   `open.epoch`, and each has a packet.
+/// - `head` is below the length of `room`, or 0; `len` is at most that length.
 /// - `sealed` is the sum over them.
 pub struct Ledger<S> {
     room: S,

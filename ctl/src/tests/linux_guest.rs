@@ -854,6 +854,10 @@ fn linux_survives_its_hosts() {
     };
     let takeovers = number("REMUS_TAKEOVERS").unwrap_or(20);
     let seed = number("REMUS_SEED").unwrap_or_else(|| u64::from(std::process::id()));
+    assert!(
+        takeovers > 0,
+        "REMUS_TAKEOVERS is 0: nothing would be tested"
+    );
     println!("# REMUS_SEED={seed} REMUS_TAKEOVERS={takeovers}");
     let mut scene = Scene::new(seed);
     let mut guest = scene.boot();
