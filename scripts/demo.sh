@@ -31,7 +31,7 @@ say "booting the machine that holds both hosts"
 seconds=120 space=0
 [ -z "$disks" ] || seconds=900 space=2048
 machine() {
-    "$TOP/scripts/vm.sh" --timeout $((120 + runs * seconds)) --memory $((1536 + 3 * memory + space)) --out "$TOP/build/vm/demo" \
+    "$TOP/scripts/vm.sh" --cpus 3 --timeout $((120 + runs * seconds)) --memory $((1536 + 3 * memory + space)) --out "$TOP/build/vm/demo" \
         -- "$TOP/tests/demo/run" --guest "$guest" "$@"
 }
 rc=0

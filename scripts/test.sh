@@ -88,9 +88,7 @@ if [ "$what" = all ] || [ "$what" = takeover ]; then
     # to see that too.
     step "fail closed" scripts/demo.sh --tap --report fail-closed --timeout 3000 --memory 512 --vhost --runs 5 --kill remusctl,qemu,standby,partition,failover
 fi
-# Not part of all: the same with the module, remusctl's processes and KVM. There a guest that is busy with its disks leaves and
-# enters its processor so often that the emulated one fails in every other run on a busy host. What all has of disks needs no KVM in
-# an emulated machine: the host tests, and the take-overs with disks above.
+# Not part of all, for its length: the same with the module, remusctl's processes and KVM.
 # A guest with disks, of both formats and on both kinds of device. After each take-over the client's ledger is whole, in Redis and
 # on the disk; fio goes on and finds all that it has written; the file systems are clean. After a planned switch the images are
 # the same on both hosts, byte for byte. An odd number of ways to die, so that each one meets both orders of the devices.

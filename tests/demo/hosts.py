@@ -178,10 +178,23 @@ def knows(command, flag):
     return re.search(rf"(^|\s){flag}\b", sh(REMUSCTL, command, "--help", check=False).stdout) is not None
 
 
+def leave_first_processor():
+    """Keeps guests off the first processor of an emulated machine.
+
+    QEMU's emulation (10.0, 11.1) of FXRSTOR and XRSTOR, on whichever processor, reads, changes and writes the first one's
+    `hflags2` without a lock (cpu_clear_ignne, target/i386/tcg/system/fpu_helper.c). When that one executes VMRUN or leaves
+    a guest meanwhile, the flag for nested page tables is as it was before: the guest, or the machine around it, goes on in the
+    other's page tables, and is reset, hangs or stops with a fault.
+    """
+    if os.environ.get("REMUS_ACCEL") == "tcg":
+        os.sched_setaffinity(0, set(range(1, os.cpu_count())))
+
+
 class Hosts:
     """Two hosts and a client, a guest on alpha, and logs."""
 
     def __init__(self, name, options, logs):
+        leave_first_processor()
         self.name, self.options = name, options
         # Set by add_disks.
         self.disks, self.disk_words = None, ""

@@ -8,8 +8,9 @@
 //! stack, no descriptor table, no interrupt: a piece of code gets its input in registers and ends
 //! with an output to a port.
 
-use std::io;
+use std::mem;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::{env, io};
 
 use anyhow::{bail, Context, Result};
 use kvm_bindings::{
@@ -143,6 +144,27 @@ fn page_mask(pages: u64) -> u32 {
     ((pages as u32) - 1) << 12
 }
 
+/// Keeps the calling thread off the first processor of an emulated machine, which may lose the guest's page tables: see
+/// `leave_first_processor` in tests/demo/hosts.py.
+fn leave_first_processor() -> Result<()> {
+    if env::var_os("REMUS_ACCEL").is_none_or(|accel| accel != "tcg") {
+        return Ok(());
+    }
+    // SAFETY: no processor is in a set of zeros.
+    let mut set: libc::cpu_set_t = unsafe { mem::zeroed() };
+    let size = mem::size_of_val(&set);
+    // SAFETY: the set is ours, and of this size.
+    let mut done = unsafe { libc::sched_getaffinity(0, size, &mut set) } == 0;
+    // SAFETY: 0 is in the range of a set.
+    unsafe { libc::CPU_CLR(0, &mut set) };
+    if libc::CPU_COUNT(&set) > 0 {
+        // SAFETY: as above.
+        done &= unsafe { libc::sched_setaffinity(0, size, &set) } == 0;
+    }
+    done.then_some(())
+        .with_context(|| format!("cannot choose processors: {}", io::Error::last_os_error()))
+}
+
 /// The virtual machine. It runs in the thread that calls [`Guest::run`].
 pub struct Guest {
     // Before what it maps: dropped first.
@@ -161,6 +183,7 @@ impl Guest {
         if !pages.is_power_of_two() || memory.length() > 1 << 31 {
             bail!("a guest's memory is 2^n pages and at most 2 GiB, not {pages} pages");
         }
+        leave_first_processor()?;
         let kvm = Kvm::new().context("cannot open /dev/kvm")?;
         let machine = kvm.create_vm().context("cannot make a virtual machine")?;
         machine.set_tss_address(TSS).ok();
