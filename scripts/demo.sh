@@ -36,9 +36,8 @@ machine() {
 }
 rc=0
 machine "$@" || rc=$?
-# QEMU's emulation of nested virtualisation does this now and then: see reset_by_emulation in tests/demo/hosts.py. It resets
-# the machine around the guests, or comes back to its kernel from a guest with a segment base that is the guest's, so that the
-# first instructions after VMRUN fault.
+# What leave_first_processor in tests/demo/hosts.py keeps away did this: it reset the machine around the guests, or came back to its
+# kernel from a guest with a segment base that was the guest's, so that the first instructions after VMRUN faulted.
 emulator() { [ "$rc" = 121 ] || { [ "$rc" = 120 ] && grep -aq '^RIP: 0010:__svm_vcpu_run' "$TOP/build/vm/demo/kernel.log"; }; }
 if emulator && grep -q 'REMUS_ACCEL=tcg' "$TOP/build/vm/demo/job.sh"; then
     say "NOT COUNTED, once more: the machine that holds both hosts was reset, or came back from a guest with the guest's registers"

@@ -476,13 +476,9 @@ class Hosts:
     def reset_by_emulation(self):
         """Whether the guest has ended by a triple fault, of which its kernel says nothing, on an emulated processor.
 
-        QEMU's emulation of nested virtualisation (10.0.2, several threads) has these, about once in a hundred runs,
-        more often on a busy host, in this guest or in the machine around it. Its log of interrupts shows the guest
-        entered with the host's own registers, as if one VMEXIT had been done twice: CR3, RSP, and the RIP after
-        VMRUN. What the guest's kernel gives up by itself it says on its console.
-
-        Or KVM gives up first, as the tables that CR3 points to are outside of the guest's memory: no page that
-        was lost or torn could do that to a register.
+        What `leave_first_processor` keeps away did that to one guest in fifteen. What the guest's kernel gives up by itself it says on
+        its console. Or KVM gives up first, as the tables that CR3 points to are outside of the guest's memory: no page that was
+        lost or torn could do that to a register.
         """
         if os.environ.get("REMUS_ACCEL") == "kvm":
             return False
