@@ -150,17 +150,14 @@ fn leave_first_processor() -> Result<()> {
     if env::var_os("REMUS_ACCEL").is_none_or(|accel| accel != "tcg") {
         return Ok(());
     }
-    // SAFETY: no processor is in a set of zeros.
-    let mut set: libc::cpu_set_t = unsafe { mem::zeroed() };
-    let size = mem::size_of_val(&set);
-    // SAFETY: the set is ours, and of this size.
-    let mut done = unsafe { libc::sched_getaffinity(0, size, &mut set) } == 0;
-    // SAFETY: 0 is in the range of a set.
-    unsafe { libc::CPU_CLR(0, &mut set) };
-    if libc::CPU_COUNT(&set) > 0 {
-        // SAFETY: as above.
-        done &= unsafe { libc::sched_setaffinity(0, size, &set) } == 0;
-    }
+    // SAFETY: a set of zeros is an empty one, 0 is in its range, and both calls get it with its size.
+    let done = unsafe {
+        let mut set: libc::cpu_set_t = mem::zeroed();
+        let size = mem::size_of_val(&set);
+        let known = libc::sched_getaffinity(0, size, &mut set) == 0;
+        libc::CPU_CLR(0, &mut set);
+        known && (libc::CPU_COUNT(&set) == 0 || libc::sched_setaffinity(0, size, &set) == 0)
+    };
     done.then_some(())
         .with_context(|| format!("cannot choose processors: {}", io::Error::last_os_error()))
 }
