@@ -3,7 +3,7 @@
 //! Ending epochs: the thread that stops the guest, and lets it go on.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{sync_channel, Receiver as Queue, Sender as Sink, SyncSender};
+use std::sync::mpsc::{Receiver as Queue, Sender as Sink, SyncSender};
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, Error, Result};
@@ -12,7 +12,7 @@ use remus_proto::frame::Kind;
 use serde_json::json;
 
 use super::disks::work::{qemu, DiskWork, Stage};
-use super::pipeline::{Batches, Job};
+use super::pipeline::{Batch, Batches, Job};
 use super::protect::End;
 use super::state::{Common, Flight, Pass, State, TICK};
 use crate::host::kernel::{Guest, Kernel, Seal};
@@ -53,8 +53,8 @@ enum Next {
 /// What a checkpoint yields.
 struct Checkpoint {
     flight: Flight,
-    /// Where the rest of its job waits for this.
-    state: (SyncSender<Vec<u8>>, Vec<u8>),
+    state: Vec<u8>,
+    copied: Option<Vec<Batch>>,
 }
 
 impl Epochs<'_> {
@@ -85,7 +85,7 @@ impl Epochs<'_> {
             };
             let full = base == 0 && lock(&common.state).passed == 0;
             let begin = Instant::now();
-            let done = match self.checkpoint(full, base, &jobs, failover.is_none()) {
+            let done = match self.checkpoint(full, failover.is_none()) {
                 Ok(done) => done,
                 Err(e) => {
                     if let Some(reply) = failover {
@@ -106,16 +106,22 @@ impl Epochs<'_> {
                 _ => None,
             };
             last = Some(flight.sealed);
-            let epoch = flight.epoch;
+            let (epoch, dirty_pages) = (flight.epoch, flight.dirty_pages);
             {
                 let mut state = lock(&common.state);
                 slow_pause = state.pacer.paused(begin, flight.pause);
                 state.flights.push_back(flight);
                 state.open = epoch + 1;
             }
-            let (rest, state) = done.state;
+            let job = Job {
+                epoch,
+                base,
+                dirty_pages,
+                state: done.state,
+                copied: done.copied,
+            };
             // Who does not take it has an error of its own to tell.
-            let _ = rest.send(state);
+            let _ = jobs.send(job);
             base = epoch;
             if let Some(reply) = failover {
                 self.hand_over(epoch, &reply);
@@ -182,7 +188,7 @@ impl Epochs<'_> {
                 epoch: done.epoch,
                 base: 0,
                 dirty_pages: done.dirty_pages,
-                state: None,
+                state: Vec::new(),
                 copied,
             };
             lock(&common.state).pass = Some(Pass {
@@ -301,15 +307,8 @@ impl Epochs<'_> {
         }
     }
 
-    /// Pauses the guest, seals, saves, and lets it go on if `go_on`: what the guest has to wait for. Its pages are on their way
-    /// to the standby from the seal on, unless they are copied in the pause.
-    fn checkpoint(
-        &mut self,
-        full: bool,
-        base: u64,
-        jobs: &SyncSender<Job>,
-        go_on: bool,
-    ) -> Result<Checkpoint> {
+    /// Pauses the guest, seals, saves, and lets it go on if `go_on`: what the guest has to wait for.
+    fn checkpoint(&mut self, full: bool, go_on: bool) -> Result<Checkpoint> {
         let begin = Instant::now();
         let through = self.disks.as_ref().map(DiskWork::let_through);
         let paused = self.guest.pause();
@@ -326,26 +325,12 @@ impl Epochs<'_> {
                 disks.seal(done.epoch, qemu(self.guest.qmp())?)?;
             }
             sealed = Instant::now();
-            let (rest, state) = sync_channel(1);
-            let mut job = Job {
-                epoch: done.epoch,
-                base,
-                dirty_pages: done.dirty_pages,
-                state: Some(state),
-                copied: None,
-            };
-            let later = match &mut self.copier {
-                Some(copier) => {
-                    job.copied = Some(copier.all(done.epoch)?);
-                    Some(job)
-                }
-                None => {
-                    let _ = jobs.send(job);
-                    None
-                }
+            let pages = match &mut self.copier {
+                Some(copier) => Some(copier.all(done.epoch)?),
+                None => None,
             };
             copied = Instant::now();
-            Ok((done, later, (rest, self.guest.save()?)))
+            Ok((done, pages, self.guest.save()?))
         });
         let saved = Instant::now();
         // Whatever went wrong, and also when it is not known whether the guest was paused.
@@ -355,11 +340,8 @@ impl Epochs<'_> {
             Ok(())
         };
         let end = Instant::now();
-        let (done, later, state) = work?;
+        let (done, pages, state) = work?;
         resumed?;
-        if let Some(job) = later {
-            let _ = jobs.send(job);
-        }
         let flight = Flight {
             epoch: done.epoch,
             sealed,
@@ -374,7 +356,11 @@ impl Epochs<'_> {
             dirty_pages: done.dirty_pages,
             sent: None,
         };
-        Ok(Checkpoint { flight, state })
+        Ok(Checkpoint {
+            flight,
+            state,
+            copied: pages,
+        })
     }
 
     /// The guest stands still after `epoch`: once that is committed, the standby resumes it.

@@ -55,8 +55,8 @@ pub struct Job {
     pub base: u64,
     /// How many pages it has.
     pub dirty_pages: u64,
-    /// Where its device state comes from, while its pages are on their way already; a pass has none.
-    pub state: Option<Receiver<Vec<u8>>>,
+    /// Its device state; empty for a pass.
+    pub state: Vec<u8>,
     /// Its pages, if they were copied in the pause.
     pub copied: Option<Vec<Batch>>,
 }
@@ -186,7 +186,7 @@ enum Step {
     },
     End {
         epoch: u64,
-        state: Option<Receiver<Vec<u8>>>,
+        state: Vec<u8>,
         read: Duration,
     },
 }
@@ -382,12 +382,6 @@ impl Sending<'_> {
                 }
                 Step::End { epoch, state, read } => {
                     self.sent.read = read;
-                    let state = match state.map(|state| state.recv()) {
-                        None => Vec::new(),
-                        Some(Ok(state)) => state,
-                        // There will be none, and whoever was to save it tells the reason.
-                        Some(Err(_)) => return Ok(()),
-                    };
                     self.end(epoch, &state)?;
                 }
             }

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!  epochs         pause → seal N → save device state → resume, at the pace asked for
-//!                        │ job, at most `depth` of them; the device state follows it
+//!                        │ job, at most `depth` of them
 //!  pipeline              └─▶ read the pages of N, encode, send them, the state, the end of N
 //!  disks          what the guest's disks were changed by, up to N, on a stream of its own
 //!  commits        ack N ─▶ commit N ─▶ trace
