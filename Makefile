@@ -72,7 +72,7 @@ test-takeover: ## only the take-overs (RUNS=10), and single processes killed
 test-disk-takeover: ## only the take-overs with disks (RUNS=20): ext4, fio and a ledger in an emulated guest
 	@REMUS_TAKEOVERS="$(or $(RUNS),20)" scripts/test.sh disk-takeover
 
-test-disks: ## the same with module and KVM (RUNS=20); not part of test, as it takes a quarter of an hour
+test-disks: ## the same with module and KVM (RUNS=20); not part of test, for its length
 	@RUNS="$(or $(RUNS),20)" scripts/test.sh disks
 
 bench-qdisc: ## what holding packets costs, beside sch_plug, ifb and pfifo_fast

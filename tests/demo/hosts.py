@@ -181,7 +181,7 @@ def knows(command, flag):
 def leave_first_processor():
     """Keeps guests off the first processor of an emulated machine.
 
-    QEMU's emulation (10.0, 11.1) of FXRSTOR and XRSTOR, on whichever processor, reads, changes and writes the first one's
+    QEMU's emulation (10.0.2 and 10.0.13, and its source of 2026) of FXRSTOR and XRSTOR, on whichever processor, reads, changes and writes the first one's
     `hflags2` without a lock (cpu_clear_ignne, target/i386/tcg/system/fpu_helper.c). When that one executes VMRUN or leaves
     a guest meanwhile, the flag for nested page tables is as it was before: the guest, or the machine around it, goes on in the
     other's page tables, and is reset, hangs or stops with a fault.

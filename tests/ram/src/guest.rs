@@ -144,9 +144,9 @@ fn page_mask(pages: u64) -> u32 {
     ((pages as u32) - 1) << 12
 }
 
-/// Keeps the calling thread off the first processor of an emulated machine, which may lose the guest's page tables: see
-/// `leave_first_processor` in tests/demo/hosts.py.
-fn leave_first_processor() -> Result<()> {
+/// Keeps the calling thread, and those that it starts from here on, off the first processor of an emulated machine, which may
+/// lose the guest's page tables: see `leave_first_processor` in tests/demo/hosts.py.
+pub fn leave_first_processor() -> Result<()> {
     if env::var_os("REMUS_ACCEL").is_none_or(|accel| accel != "tcg") {
         return Ok(());
     }
@@ -180,7 +180,6 @@ impl Guest {
         if !pages.is_power_of_two() || memory.length() > 1 << 31 {
             bail!("a guest's memory is 2^n pages and at most 2 GiB, not {pages} pages");
         }
-        leave_first_processor()?;
         let kvm = Kvm::new().context("cannot open /dev/kvm")?;
         let machine = kvm.create_vm().context("cannot make a virtual machine")?;
         machine.set_tss_address(TSS).ok();

@@ -18,7 +18,7 @@ use std::sync::atomic::Ordering;
 use anyhow::{bail, Context, Result};
 use clap::Args;
 use remus_ram::device::Device;
-use remus_ram::guest::Guest;
+use remus_ram::guest::{leave_first_processor, Guest};
 use remus_ram::map::{memfd, Map};
 use remus_ram::PAGE;
 
@@ -44,6 +44,7 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<()> {
     let device = Device::open(&options.domain, options.pages)?;
     if options.guest {
+        leave_first_processor()?;
         let memory = device.map(true)?;
         let mut guest = Guest::new(&memory, false)?;
         obey(options, |pattern| guest.run(pattern.job()))
