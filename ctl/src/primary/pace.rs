@@ -102,7 +102,7 @@ impl Pacer {
             Pace::OnOutput { .. } | Pace::Latency { .. } => pause.min(OWN_TIME),
         };
         self.begin = begin;
-        self.linger = (pause / 2).min(LINGER);
+        self.linger = (pause / 4).min(LINGER);
         self.least = begin + pause + own;
         self.least > begin + self.interval()
     }
@@ -164,7 +164,7 @@ mod tests {
         assert_eq!(pacer.due(Some(begin)), Some(begin + 16 * MS));
         // The answer may follow what was sent first.
         let late = begin + 50 * MS;
-        assert_eq!(pacer.due(Some(late)), Some(late + 4 * MS));
+        assert_eq!(pacer.due(Some(late)), Some(late + 2 * MS));
         pacer.paused(begin, 300 * MS);
         let late = begin + 900 * MS;
         assert_eq!(pacer.due(Some(late)), Some(late + LINGER));

@@ -43,6 +43,12 @@ def lost(at, way, load):
     return None if rate is None else 1 - rate
 
 
+def less(at, way, load):
+    """What is lost besides the time that QEMU takes to stop the guest, to save its devices and to go on."""
+    all_of_it, qemu = lost(at, way, load), dig(at, way, load, "epochs", "paused_qemu")
+    return None if None in (all_of_it, qemu) else all_of_it - qemu
+
+
 def interval(rounds, ms):
     """All that is known about one interval."""
     ats = [at for r in rounds if (at := dig(r, "intervals", ms))]
@@ -61,6 +67,11 @@ def interval(rounds, ms):
         # Where plain Remus loses nothing there is nothing to compare with.
         figures["lost_vs_plain"] = figure([ratio(mine, plain) for mine, plain in shares if mine is not None and plain and plain > 0.01],
                                           TARGETS["lost_vs_plain"])
+        # What QEMU takes to stop, save and go on is the same for both, however few pages there are: how it would be without.
+        for way in "remus", "plain":
+            figures |= {f"{way}_{part}": figure(over(way, load, "epochs", part)) for part in ("paused", "paused_qemu")}
+        rest = [(less(at, "remus", load), less(at, "plain", load)) for at in ats]
+        figures["lost_vs_plain_less_qemu"] = figure([ratio(mine, plain) for mine, plain in rest if mine is not None and plain and plain > 0.01])
         out[load] = figures
     for way in "remus", "plain":
         if not any(at.get(way) for at in ats):
@@ -179,6 +190,10 @@ def show(out):
             line(f"  {load}: done / unprotected", at[load]["remus_done"])
             line(f"  {load}: the same, plain Remus", at[load]["plain_done"])
             line(f"  {load}: lost / lost by plain Remus", at[load]["lost_vs_plain"])
+            line(f"  {load}: the same without stop, save, cont", at[load]["lost_vs_plain_less_qemu"])
+            for way, whose in ("remus", ""), ("plain", ", plain Remus"):
+                line(f"  {load}: of the time paused{whose}", at[load][f"{way}_paused"])
+                line(f"  {load}: of it stop, save, cont{whose}", at[load][f"{way}_paused_qemu"])
         of = at.get("remus_epochs", {}).get("redis")
         if of:
             line("  redis: epochs", of["epochs_per_s"], "/s")
