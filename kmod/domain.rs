@@ -125,11 +125,17 @@ pub(crate) struct Cow {
     /// Most that may be kept, in pages, 0 for any number.
     limit: Option<u64>,
     policy: Option<CowPolicy>,
+    /// Pages that may be hot at most.
+    hot: Option<u64>,
 }
 
 impl Cow {
-    /// From a limit in bytes and a number of `uapi::cow_policy`.
-    pub(crate) fn new(limit: Option<u64>, policy: Option<u64>) -> Result<Self, Refusal> {
+    /// From a limit in bytes, a number of `uapi::cow_policy`, and the limit for hot pages in bytes.
+    pub(crate) fn new(
+        limit: Option<u64>,
+        policy: Option<u64>,
+        hot: Option<u64>,
+    ) -> Result<Self, Refusal> {
         let policy = match policy.map(u8::try_from) {
             None => None,
             Some(Ok(uapi::cow_policy::THROTTLE)) => Some(CowPolicy::Throttle),
@@ -147,6 +153,7 @@ impl Cow {
             // Part of a page is room for none, but not no limit.
             limit: limit.map(|bytes| bytes.div_ceil(PAGE_SIZE as u64)),
             policy,
+            hot: hot.map(|bytes| bytes / PAGE_SIZE as u64),
         })
     }
 }
@@ -501,7 +508,7 @@ impl Domain {
         }
         // Nothing is refused from here on.
         if let Some(ram) = self.ram() {
-            ram.set(change.cow.limit, change.cow.policy);
+            ram.set(change.cow.limit, change.cow.policy, change.cow.hot);
         }
         if let Some(packets) = change.packets {
             self.limit_packets.store(packets, Relaxed);
@@ -774,7 +781,7 @@ pub(crate) fn new(name: Name, memory: Option<u64>, cow: Cow) -> Result<Arc<Domai
     domains.reserve(1, GFP_KERNEL)?;
     let domain = Domain::create(name, memory, false)?;
     if let Some(ram) = domain.ram() {
-        ram.set(cow.limit, cow.policy);
+        ram.set(cow.limit, cow.policy, cow.hot);
     }
     // Cannot fail: there is room.
     let _ = domains.push_within_capacity(domain.clone());

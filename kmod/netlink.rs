@@ -202,13 +202,13 @@ fn run(request: &Request<'_>, attrs: &Attrs<'_>, ack: &Ack<'_>) -> Result<(), Re
     let find = || domain::get(&name).map_err(|r| blame(attr::DOMAIN, r));
     let number = |n| attrs.get(n).map(|a| a.number());
     let cow = |has_memory: bool| {
-        let (limit, policy) = (number(attr::COW_LIMIT), number(attr::COW_POLICY));
-        if !has_memory && (limit.is_some() || policy.is_some()) {
-            let first = limit.map_or(attr::COW_POLICY, |_| attr::COW_LIMIT);
+        let about = [attr::COW_LIMIT, attr::COW_POLICY, attr::HOT_LIMIT];
+        if let Some(first) = about.into_iter().find(|n| !has_memory && number(*n).is_some()) {
             let why = refusal!(EINVAL, "the domain has no memory to limit copies of");
             return Err(blame(first, why));
         }
-        domain::Cow::new(limit, policy).map_err(|r| blame(attr::COW_POLICY, r))
+        let [limit, policy, hot] = about.map(number);
+        domain::Cow::new(limit, policy, hot).map_err(|r| blame(attr::COW_POLICY, r))
     };
     let sender = request.sender();
     // Before anything is done: whoever gets no answer must be sure that nothing was.
@@ -330,6 +330,9 @@ fn put_domain(message: &mut Message<'_>, domain: &Domain) -> Result {
         message.put_uint(attr::COW_PEAK, counts.copies_peak)?;
         message.put_uint(attr::COW_COPIES, counts.copies_made)?;
         message.put_uint(attr::COW_WAITS, counts.waits)?;
+        let hot_limit = counts.hot_limit.saturating_mul(PAGE_SIZE as u64);
+        message.put_uint(attr::HOT_LIMIT, hot_limit)?;
+        message.put_uint(attr::HOT_PAGES, counts.hot)?;
     }
     Ok(())
 }

@@ -16,8 +16,12 @@
 //! and has seen a page unlocked, every write to it is on one side or the other: it finds the page
 //! writable, or the writer waits for `state`. No write-protected page becomes writable meanwhile, and
 //! what is still writable is still in the sealed epoch. So the snapshot is one instant's, the seal's
-//! end, even if something that was not paused writes during it.
+//! end, even if something that was not paused writes during it. Hot pages, which a domain has only if it is told to, are
+//! the exception: [`hot`].
 
+mod hot;
+
+use self::hot::Hot;
 use crate::{
     abi::{
         array::Array,
@@ -28,7 +32,6 @@ use crate::{
         page::{
             Block,
             Page,
-            PageLock,
             PageRef, //
         },
         ramdev::{
@@ -150,6 +153,7 @@ struct State {
     sealed: KVec<Arc<Sealed>>,
     /// What it costs to write-protect this memory's pages.
     cost: Cost,
+    hot: Hot,
 }
 
 impl State {
@@ -189,6 +193,9 @@ pub(crate) struct Counts {
     /// Copies that may be kept, 0 for any number, and what happens beyond.
     pub(crate) limit: u64,
     pub(crate) policy: CowPolicy,
+    /// Hot, and how many may be.
+    pub(crate) hot: u64,
+    pub(crate) hot_limit: u64,
 }
 
 /// A domain's memory.
@@ -215,6 +222,7 @@ pub(crate) struct Ram {
     copies_made: Atomic<u64>,
     limit: Atomic<u64>,
     fails: Atomic<bool>,
+    hot_limit: Atomic<u64>,
     waits: Atomic<u64>,
     /// Goes up whenever there may be room for a copy, or one less that is needed.
     turn: Atomic<u64>,
@@ -274,6 +282,7 @@ impl Ram {
                         open,
                         sealed: KVec::new(),
                         cost: Cost::new(),
+                        hot: Hot::new(),
                     },
                     c"remus_ram",
                     kernel::static_lock_class!(),
@@ -283,6 +292,7 @@ impl Ram {
                 copies_made: Atomic::new(0),
                 limit: Atomic::new(0),
                 fails: Atomic::new(false),
+                hot_limit: Atomic::new(0),
                 waits: Atomic::new(0),
                 turn: Atomic::new(0),
                 room <- new_mutex!((), "remus_room"),
@@ -310,8 +320,14 @@ impl Ram {
 
     /// Counters now.
     pub(crate) fn counts(&self) -> Counts {
+        let (dirty, hot) = {
+            let state = self.state.read();
+            (state.open.set.count(), state.hot.count())
+        };
         Counts {
-            dirty: self.state.read().open.set.count(),
+            dirty,
+            hot,
+            hot_limit: self.hot_limit.load(Relaxed),
             resident: self.resident.count(),
             copies: self.copies.load(Relaxed),
             copies_peak: self.copies_peak.load(Relaxed),
@@ -326,8 +342,11 @@ impl Ram {
         }
     }
 
-    /// Changes how many copies may be kept, 0 for any number, and what happens beyond.
-    pub(crate) fn set(&self, limit: Option<u64>, policy: Option<CowPolicy>) {
+    /// Changes how many copies may be kept, 0 for any number, and what happens beyond; and how many pages may be hot.
+    pub(crate) fn set(&self, limit: Option<u64>, policy: Option<CowPolicy>, hot: Option<u64>) {
+        if let Some(hot) = hot {
+            self.hot_limit.store(hot, Relaxed);
+        }
         if let Some(limit) = limit {
             self.limit.store(limit, Relaxed);
         }
@@ -345,6 +364,7 @@ impl Ram {
         let new = open_set(self.pages(), &self.empty)?;
         let mut run = KVec::with_capacity(RUN as usize, GFP_KERNEL)?;
         let (copies, read) = (KBox::pin_init(Array::new(), GFP_KERNEL)?, PageSet::new()?);
+        let hot_limit = self.hot_limit.load(Relaxed);
         let mut guard = self.state.write();
         let state = &mut *guard;
         if full && !state.sealed.is_empty() {
@@ -354,15 +374,6 @@ impl Ram {
             ));
         }
         state.sealed.reserve(1, GFP_KERNEL)?;
-        // An abort must not fail for want of memory.
-        for older in &state.sealed {
-            new.set.make_room(&older.dirty.set, &self.payer)?;
-        }
-        new.set.make_room(&state.open.set, &self.payer)?;
-        if full {
-            new.set.make_room(&self.resident, &self.payer)?;
-            state.open.set.make_room(&self.resident, &self.payer)?;
-        }
         let sealed = Arc::new(
             Sealed {
                 epoch,
@@ -374,7 +385,13 @@ impl Ram {
             },
             GFP_KERNEL,
         )?;
-        if let Err(error) = self.protect(&sealed, &new.set, &mut run, &mut state.cost) {
+        let done = self
+            .compare(&sealed, &mut state.hot, hot_limit, full)
+            .and_then(|()| self.heat(&sealed, &mut state.hot, hot_limit))
+            .and_then(|()| self.make_room(state, &new.set, full))
+            .map_err(Refusal::from)
+            .and_then(|()| self.protect(&sealed, &new.set, &mut run, state));
+        if let Err(error) = done {
             // It stays the open one. What is write-protected already is written into it again.
             self.forget(&sealed);
             return Err(error);
@@ -383,13 +400,28 @@ impl Ram {
             sealed.dirty.set.merge(&self.resident);
         }
         let count = sealed.dirty.set.count();
+        // What a full seal says of a page is not that it was written.
+        state.hot.sealed(&sealed.dirty, hot_limit != 0 && !full);
         state.open = new;
         // Cannot fail: there is room.
         let _ = state.sealed.push_within_capacity(sealed);
         Ok(count)
     }
 
-    /// Write-protects the pages of `sealed`: neighbours, in the memory and physically, by one call. A page
+    /// An abort must not fail for want of memory: `new` gets room for what it may have to take back.
+    fn make_room(&self, state: &State, new: &PageSet, full: bool) -> Result {
+        for older in &state.sealed {
+            new.make_room(&older.dirty.set, &self.payer)?;
+        }
+        new.make_room(&state.open.set, &self.payer)?;
+        if full {
+            new.make_room(&self.resident, &self.payer)?;
+            state.open.set.make_room(&self.resident, &self.payer)?;
+        }
+        Ok(())
+    }
+
+    /// Write-protects the pages of `sealed` that are not hot: neighbours, in the memory and physically, by one call. A page
     /// that may be written without a fault, because somebody holds it for direct access, is copied now
     /// and belongs to `open` as well. `state` is held alone; `run` has room for [`RUN`] pages.
     fn protect<'a>(
@@ -397,10 +429,11 @@ impl Ram {
         sealed: &Sealed,
         open: &PageSet,
         run: &mut KVec<(u64, PageRef<'a>)>,
-        cost: &mut Cost,
+        state: &mut State,
     ) -> Result<(), Refusal> {
+        let State { cost, hot, .. } = state;
         let (gap, mut calls) = (cost.gap(), 0);
-        let mut pages = sealed.dirty.set.from(0);
+        let mut pages = sealed.dirty.set.from(0).filter(|n| !hot.contains(*n));
         let mut next = pages.next();
         while let Some(first) = next {
             let Some(page) = self.pages.get(first) else {
@@ -420,7 +453,7 @@ impl Ram {
                 let Some(index) = pages.next() else {
                     break None;
                 };
-                if index - end > gap || index - first >= RUN {
+                if index - end > gap || index - first >= RUN || hot.any(end, index) {
                     break Some(index);
                 }
                 let neighbour = |page: &PageRef<'_>| page.pfn() == pfn + (index - first) as usize;
@@ -443,7 +476,8 @@ impl Ram {
             for (index, page) in run.drain_all() {
                 if page.maybe_held() {
                     open.insert(index, &self.payer)?;
-                    self.keep(sealed, index, &page.lock(), true)?;
+                    let lock = page.lock();
+                    self.keep(sealed, index, true, || Ok(lock.copy()?))?;
                 }
             }
             cond_resched();
@@ -509,7 +543,13 @@ impl Ram {
 
     /// Keeps the content of a page for `sealed`, unless that was done before. Called with the page's lock
     /// held. False if that would be a copy too many, unless it must be.
-    fn keep(&self, sealed: &Sealed, index: u64, page: &PageLock<'_>, must: bool) -> Result<bool> {
+    fn keep(
+        &self,
+        sealed: &Sealed,
+        index: u64,
+        must: bool,
+        copy: impl FnOnce() -> Result<Page>,
+    ) -> Result<bool> {
         if sealed.copies.get(index).is_some() {
             return Ok(true);
         }
@@ -519,8 +559,7 @@ impl Ram {
             Ok(false)
         } else {
             let _charge = self.payer.charge();
-            let copy = page.copy().map_err(Error::from);
-            copy.and_then(|copy| sealed.copies.insert(index, copy))
+            copy().and_then(|copy| sealed.copies.insert(index, copy))
         };
         if !matches!(done, Ok(true)) {
             self.copies.fetch_sub(1, Relaxed);
@@ -730,7 +769,7 @@ impl Memory for Ram {
             // Before the look at the limit, so that whoever makes room after it is noticed.
             let turn = self.turn.load(Relaxed);
             let needed = !sealed.read.contains(index) && !state.written_since(sealed.epoch, index);
-            if needed && !self.keep(sealed, index, &lock, false)? {
+            if needed && !self.keep(sealed, index, false, || Ok(lock.copy()?))? {
                 if !self.fails.load(Relaxed) {
                     return Ok(Write::Wait(turn));
                 }

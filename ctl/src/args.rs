@@ -233,6 +233,9 @@ pub struct Limits {
     /// What happens beyond that: the guest waits, or the epoch fails.
     #[arg(long, value_name = "POLICY")]
     pub cow_policy: Option<CowPolicy>,
+    /// Most memory to watch pages that are written all the time, such as 16M: they are compared, not write-protected.
+    #[arg(long, value_name = "SIZE", value_parser = limit)]
+    pub hot_limit: Option<u64>,
 }
 
 /// What happens when there is no room for the old content of a page.

@@ -97,6 +97,8 @@ pub struct Config {
     pub cow_limit: Option<Size>,
     /// What happens beyond that, `"throttle"` (the guest waits) or `"fail"` (the epoch is aborted).
     pub cow_policy: Option<CowPolicy>,
+    /// Most memory to watch pages that are written all the time.
+    pub hot_limit: Option<Size>,
     /// Where the standby listens, `ADDRESS[:PORT]`.
     pub listen: Option<String>,
     /// Its disks; what is not listed is not replicated.
@@ -167,6 +169,7 @@ impl Config {
         Limits {
             cow_limit: line.cow_limit.or(self.cow_limit.map(|size| size.0)),
             cow_policy: line.cow_policy.or(self.cow_policy),
+            hot_limit: line.hot_limit.or(self.hot_limit.map(|size| size.0)),
             ..*line
         }
     }

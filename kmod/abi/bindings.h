@@ -82,6 +82,7 @@ bool remus_page_maybe_held(struct page *page);
 int remus_page_read_to_user(struct page *page, void *to);
 unsigned long remus_page_pfn(const struct page *page);
 void remus_page_copy(struct page *to, struct page *from);
+bool remus_page_equal(struct page *one, struct page *other);
 void remus_page_read(struct page *page, size_t offset, void *to, size_t len);
 void remus_page_write(struct page *page, size_t offset, const void *from, size_t len);
 

@@ -387,6 +387,17 @@ void remus_page_copy(struct page *to, struct page *from)
 	copy_highpage(to, from);
 }
 
+bool remus_page_equal(struct page *one, struct page *other)
+{
+	const void *a = kmap_local_page(one);
+	const void *b = kmap_local_page(other);
+	bool equal = !memcmp(a, b, PAGE_SIZE);
+
+	kunmap_local(b);
+	kunmap_local(a);
+	return equal;
+}
+
 void remus_page_read(struct page *page, size_t offset, void *to, size_t len)
 {
 	memcpy_from_page(to, page, offset, len);

@@ -248,6 +248,12 @@ impl PageLock<'_> {
         Ok(copy)
     }
 
+    /// Whether the page has the same content as another, which nobody writes.
+    pub(crate) fn equals(&self, other: &Page) -> bool {
+        // SAFETY: Both are valid by the type invariant.
+        unsafe { bindings::remus_page_equal(self.0 .0.as_ptr(), other.0.as_ptr()) }
+    }
+
     /// Writes into the page.
     pub(crate) fn write(&self, offset: usize, from: &[u8]) {
         let len = from.len().min(PAGE_SIZE.saturating_sub(offset));

@@ -136,8 +136,12 @@ pub mod attr {
     pub const KEEP_PASSTHROUGH: u16 = 38;
     /// Everything is held from now on, flag.
     pub const HOLD: u16 = 39;
+    /// Memory that may be kept to watch hot pages by their content, in bytes, 0 for none, uint.
+    pub const HOT_LIMIT: u16 = 40;
+    /// Pages that are watched so, uint.
+    pub const HOT_PAGES: u16 = 41;
     /// The highest attribute.
-    pub const MAX: u16 = HOLD;
+    pub const MAX: u16 = HOT_PAGES;
 }
 
 /// What an attribute holds.
@@ -198,6 +202,7 @@ pub const COMMANDS: &[Command] = &[
             attr::MEMORY,
             attr::COW_LIMIT,
             attr::COW_POLICY,
+            attr::HOT_LIMIT,
         ],
     ),
     Command::new(cmd::DOMAIN_DEL, &[attr::DOMAIN]),
@@ -217,6 +222,7 @@ pub const COMMANDS: &[Command] = &[
             attr::OWN,
             attr::COW_LIMIT,
             attr::COW_POLICY,
+            attr::HOT_LIMIT,
             attr::PASSTHROUGH,
             attr::HOLD,
         ],

@@ -30,7 +30,7 @@ ATTR = {n: i + 1 for i, n in enumerate(
     "dirty-pages resident-pages snapshot-pages ports duration-ns full port ifindex direction passthrough "
     "limit-packets limit-bytes held-memory dropped-limit dropped-memory dropped-discarded hold-last-ns "
     "hold-max-ns own owner orphaned cow-limit cow-policy cow-peak cow-copies cow-waits memory-users "
-    "keep-passthrough hold".split())}
+    "keep-passthrough hold hot-limit hot-pages".split())}
 NAMES = {i: n for n, i in ATTR.items()}
 TEXTS, FLAGS = ("domain", "device", "port"), ("full", "passthrough", "own", "orphaned", "keep-passthrough", "hold")
 TCA_DOMAIN, TCA_DIRECTION, TCA_LIMIT_PACKETS, TCA_LIMIT_BYTES, TCA_PASSTHROUGH = 1, 2, 3, 4, 5

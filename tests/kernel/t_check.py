@@ -55,6 +55,16 @@ def limited(stack):
 
 
 @test(seconds=1800)
+def hot_pages(stack):
+    """Pages that are compared instead of write-protected: what has changed is in the epoch, as it was at the seal."""
+    if not os.path.exists("/dev/kvm"):
+        raise Skip("there is no /dev/kvm in this machine")
+    done = ram_check(stack, "--epochs", str(epochs()), "--hot-limit", "200", "--memory", "2")
+    for what in "most_hot", "hot_unchanged", "committed", "aborted", "full", "guest_jobs":
+        true(done[what] > 0, f"{what} in {done}")
+
+
+@test(seconds=1800)
 def one_page(stack):
     """The smallest memory: every writer writes the same page all the time."""
     done = ram_check(stack, "--epochs", str(scaled(25, 400)), "--pages", "1", "--no-guest")

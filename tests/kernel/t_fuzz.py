@@ -52,9 +52,9 @@ def content(rng, kind, names=netlink.NAMES):
 
 def genl_attributes(rng, command):
     """The attributes of a request for the family, as bytes."""
-    wanted = {"domain-new": ["domain", "memory", "cow-limit", "cow-policy"], "epoch-seal": ["domain", "full", "keep-passthrough"], "epoch-commit": ["domain", "epoch"],
+    wanted = {"domain-new": ["domain", "memory", "cow-limit", "cow-policy", "hot-limit"], "epoch-seal": ["domain", "full", "keep-passthrough"], "epoch-commit": ["domain", "epoch"],
               "epoch-abort": ["domain", "epoch"], 
-              "domain-set": ["domain", "limit-packets", "limit-bytes", "own", "cow-limit", "cow-policy", "passthrough", "hold"]}
+              "domain-set": ["domain", "limit-packets", "limit-bytes", "own", "cow-limit", "cow-policy", "hot-limit", "passthrough", "hold"]}
     kinds = [ATTR[n] for n in wanted.get(command, ["domain"]) if n == "domain" or rng.random() < 0.7]
     if command == "domain-new" and rng.random() < 0.7:
         kinds = kinds[:1]  # memory takes its time
@@ -319,7 +319,7 @@ class RamCalls:
             self.genl.abort("web", self.open - self.rng.randrange(1, 5) if self.open > 5 else 1)
         else:
             # Without a limit, or with the policy to fail: nobody is there to read for a writer that waits.
-            self.genl.set("web", cow_limit=self.rng.choice((0, PAGE, 20 * PAGE)), cow_policy=2)
+            self.genl.set("web", cow_limit=self.rng.choice((0, PAGE, 20 * PAGE)), cow_policy=2, hot_limit=self.rng.choice((0, 7 * PAGE, 1 << 20)))
 
     def one(self):
         calls = (self.read, self.bitmap, self.ioctl, self.map, self.unmap, self.file, self.epochs, self.reopen)

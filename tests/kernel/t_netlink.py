@@ -22,7 +22,7 @@ DOMAIN, MEMORY, EPOCH, FULL = (ATTR[n] for n in ("domain", "memory", "epoch", "f
 KEEP, PASSTHROUGH, HOLD = (ATTR[n] for n in ("keep-passthrough", "passthrough", "hold"))
 PACKETS, BYTES, OWN = (ATTR[n] for n in ("limit-packets", "limit-bytes", "own"))
 # What each command accepts besides the name.
-COW = {ATTR["cow-limit"], ATTR["cow-policy"]}
+COW = {ATTR["cow-limit"], ATTR["cow-policy"], ATTR["hot-limit"]}
 ACCEPTS = {"domain-new": {MEMORY} | COW, "epoch-seal": {FULL, KEEP}, "epoch-commit": {EPOCH}, "epoch-abort": {EPOCH},
            "domain-set": {PACKETS, BYTES, OWN, PASSTHROUGH, HOLD} | COW}
 
@@ -387,7 +387,7 @@ def replies(stack):
     domain = {"domain", "open-epoch", "committed-epoch", "sealed-epochs", "packets", "bytes", "dropped", "ports",
               "held-memory", "limit-packets", "limit-bytes"}
     memory = {"memory", "device", "dirty-pages", "resident-pages", "snapshot-pages", "cow-limit", "cow-policy",
-              "cow-peak", "cow-copies", "cow-waits", "memory-users"}
+              "cow-peak", "cow-copies", "cow-waits", "memory-users", "hot-limit", "hot-pages"}
     done = {"domain", "epoch", "packets", "bytes", "dirty-pages", "duration-ns"}
     same(set(genl.new("plain")), domain, "domain-new")
     same(set(genl.new("web", 1 << 20)), domain | memory, "domain-new with memory")
@@ -395,7 +395,7 @@ def replies(stack):
                            "bytes": 0, "dropped": 0, "ports": 0, "held-memory": 0, "limit-packets": 0,
                            "limit-bytes": 0, "memory": 1 << 20, "device": "remus/web",
                            "dirty-pages": 0, "resident-pages": 0, "snapshot-pages": 0, "cow-limit": 0, "cow-policy": 1,
-                           "cow-peak": 0, "cow-copies": 0, "cow-waits": 0, "memory-users": 0}, "a new domain")
+                           "cow-peak": 0, "cow-copies": 0, "cow-waits": 0, "memory-users": 0, "hot-limit": 0, "hot-pages": 0}, "a new domain")
     for name in "plain", "web":
         for reply in genl.seal(name), genl.seal(name), genl.commit(name, 1), genl.abort(name, 2), genl.discard(name):
             same(set(reply), done, "reply")

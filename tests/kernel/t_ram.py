@@ -549,8 +549,18 @@ def standby_apply(image, device, epoch):
 @test(seconds=1200)
 def nothing_lost(stack):
     """Writers that never stop, seals in between: the epochs applied in order give the memory (S2)."""
-    pages = 256
-    m = Machine(stack, pages)
+    without_loss(Machine(stack, 256))
+
+
+@test(seconds=1200)
+def nothing_lost_of_hot_pages(stack):
+    m = Machine(stack, 256)
+    m.genl.set("web", hot_limit=100 * PAGE)
+    without_loss(m)
+
+
+def without_loss(m):
+    pages = m.pages
     shared = mmap.mmap(-1, PAGE)
     counts = (ctypes.c_uint64 * 4).from_buffer(shared)  # how often each writer wrote; whether they are to stop
     rng = random.Random(SEED)

@@ -272,6 +272,14 @@ pub fn describe(d: &Domain, ports: &[String]) -> String {
             },
             d.cow_waits
         );
+        text += &format!(
+            "hot        {} pages written all the time (limit: {})\n",
+            d.hot_pages,
+            match d.hot_limit {
+                0 => "none are watched".to_owned(),
+                limit => human(limit),
+            }
+        );
     } else {
         text += "memory     none\n";
     }

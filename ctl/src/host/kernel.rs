@@ -56,6 +56,10 @@ pub struct Domain {
     pub cow_copies: u64,
     /// How often somebody waited for room for one.
     pub cow_waits: u64,
+    /// Most memory to watch hot pages by their content, in bytes, 0 for none.
+    pub hot_limit: u64,
+    /// How many pages are watched so.
+    pub hot_pages: u64,
     /// Most packets that its ports may hold together, 0 for any number.
     pub limit_packets: u64,
     /// Most memory that these may take, in bytes, 0 for any amount.

@@ -27,6 +27,9 @@ const CTRL_ATTR_MCAST_GROUPS: u16 = 7;
 const CTRL_ATTR_MCAST_GRP_NAME: u16 = 1;
 const CTRL_ATTR_MCAST_GRP_ID: u16 = 2;
 
+/// A domain's memory is made with so much to watch hot pages by their content.
+const HOT_LIMIT: u64 = 16 << 20;
+
 /// A client of the family. Commands wait for the kernel's answer; use one client for each thread.
 pub struct Remus {
     socket: NlSock,
@@ -94,7 +97,12 @@ impl Remus {
     /// Creates a domain, with memory if a size in bytes is given.
     pub fn domain_new(&mut self, domain: &str, memory: Option<u64>) -> Result<Domain> {
         let mut attrs = vec![(attr::DOMAIN, Value::Text(domain))];
-        attrs.extend(memory.map(|m| (attr::MEMORY, Value::Uint(m))));
+        if let Some(memory) = memory {
+            attrs.extend([
+                (attr::MEMORY, Value::Uint(memory)),
+                (attr::HOT_LIMIT, Value::Uint(HOT_LIMIT)),
+            ]);
+        }
         self.one(cmd::DOMAIN_NEW, &attrs)
             .with_context(|| format!("cannot create domain {domain}"))
     }
@@ -110,6 +118,7 @@ impl Remus {
             (attr::LIMIT_PACKETS, limits.limit_packets),
             (attr::LIMIT_BYTES, limits.limit_bytes),
             (attr::COW_LIMIT, limits.cow_limit),
+            (attr::HOT_LIMIT, limits.hot_limit),
             (attr::COW_POLICY, policy.map(u64::from)),
         ] {
             attrs.extend(value.map(|value| (kind, Value::Uint(value))));
@@ -381,6 +390,8 @@ impl From<Reply> for Domain {
             cow_peak: r.number(attr::COW_PEAK),
             cow_copies: r.number(attr::COW_COPIES),
             cow_waits: r.number(attr::COW_WAITS),
+            hot_limit: r.number(attr::HOT_LIMIT),
+            hot_pages: r.number(attr::HOT_PAGES),
             limit_packets: r.number(attr::LIMIT_PACKETS),
             limit_bytes: r.number(attr::LIMIT_BYTES),
             ports: r.number(attr::PORTS),

@@ -18,6 +18,7 @@ from hosts import BETA_IP, GUEST_IP, PORT, Failed, Hosts, knows, listens, sh, ta
 HERE = os.path.dirname(os.path.abspath(__file__))
 TICK = os.sysconf("SC_CLK_TCK")
 INTERVALS = 25, 50, 100, 200
+HOT_LIMIT = "16M"
 PLAIN = "--copy-in-pause", "--depth", "1", "--raw"
 # The command of Redis that counts as a unit of work of a load.
 WORK = {"redis": "set", "cpu": "eval", "memory": "eval"}
@@ -226,7 +227,10 @@ class Bench(Hosts):
                     got["unprotected"][kind] = self.window(kind)
             self.session(("-i", str(interval)), (*kinds, *(("memory",) if interval == 100 else ())), got["remus"])
             if not missing(*PLAIN):
+                # It write-protects every page.
+                self.ctl("alpha", "domain", "set", "web", "--hot-limit", "0")
                 self.session(("-i", str(interval), *PLAIN), ("redis", "cpu"), got["plain"])
+                self.ctl("alpha", "domain", "set", "web", "--hot-limit", HOT_LIMIT)
         out.setdefault("on_output", {})
         if not missing("--on-output"):
             self.session(("--on-output",), ("replies", "redis", "cpu"), out["on_output"])

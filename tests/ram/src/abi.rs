@@ -48,6 +48,10 @@ pub mod attr {
     pub const COW_LIMIT: u16 = 32;
     /// How often somebody waited for room for one, uint.
     pub const COW_WAITS: u16 = 36;
+    /// Memory to watch hot pages by their content, in bytes, uint.
+    pub const HOT_LIMIT: u16 = 40;
+    /// Pages that are watched so, uint.
+    pub const HOT_PAGES: u16 = 41;
 }
 
 /// Bytes in a record of a sealed epoch: page number (u64, little endian), then the content.

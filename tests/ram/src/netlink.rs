@@ -53,6 +53,8 @@ pub struct Counts {
     pub snapshot: u64,
     /// How often a writer waited for room for one, in times.
     pub waits: u64,
+    /// Pages that are compared instead of write-protected.
+    pub hot: u64,
 }
 
 /// A client.
@@ -83,14 +85,21 @@ impl Client {
     }
 
     /// Creates a domain with so many bytes of memory, for which so many bytes of copies may be kept, 0 for
-    /// any number.
-    pub fn create(&self, domain: &str, memory: u64, cow_limit: u64) -> Result<()> {
+    /// any number, and so many bytes of hot pages.
+    pub fn create(
+        &self,
+        domain: &str,
+        memory: u64,
+        cow_limit: u64,
+        hot_limit: u64,
+    ) -> Result<()> {
         self.request(
             cmd::DOMAIN_NEW,
             &[
                 name(domain),
                 (attr::MEMORY, uint(memory)),
                 (attr::COW_LIMIT, uint(cow_limit)),
+                (attr::HOT_LIMIT, uint(hot_limit)),
             ],
             NlmF::empty(),
         )
@@ -113,6 +122,7 @@ impl Client {
             resident: reply.number(attr::RESIDENT_PAGES)?,
             snapshot: reply.number(attr::SNAPSHOT_PAGES)?,
             waits: reply.number(attr::COW_WAITS)?,
+            hot: reply.number(attr::HOT_PAGES)?,
         })
     }
 

@@ -35,7 +35,7 @@ impl Memory {
     pub fn new(name: &str, mib: u64) -> Result<Self> {
         let pages = mib * ((1 << 20) / PAGE as u64);
         let client = Client::connect()?;
-        client.create(name, pages * PAGE as u64, 0)?;
+        client.create(name, pages * PAGE as u64, 0, 0)?;
         let domain = Domain {
             client,
             name: name.into(),

@@ -36,17 +36,20 @@ pub struct Domain {
     client: Client,
     name: String,
     pages: u64,
+    hot_limit: u64,
 }
 
 impl Domain {
-    /// Creates it; so many copies may be kept, 0 for any number.
-    pub fn create(name: &str, pages: u64, cow_limit: u64) -> Result<Self> {
+    /// Creates it; so many copies may be kept, 0 for any number, and so many pages may be hot.
+    pub fn create(name: &str, pages: u64, cow_limit: u64, hot_limit: u64) -> Result<Self> {
         let client = Client::connect()?;
-        client.create(name, pages * PAGE as u64, cow_limit * PAGE as u64)?;
+        let page = PAGE as u64;
+        client.create(name, pages * page, cow_limit * page, hot_limit * page)?;
         Ok(Self {
             client,
             name: name.into(),
             pages,
+            hot_limit,
         })
     }
 
@@ -83,6 +86,9 @@ struct Totals {
     waits: u64,
     read_again: u64,
     stale: u64,
+    hot: u64,
+    unchanged: u64,
+    cold: u64,
 }
 
 /// The standby: a memory that only gets whole epochs.
@@ -117,8 +123,9 @@ pub fn run(options: &Options, seed: u64) -> Result<Value> {
         "--memory and --pages take a power of two"
     );
     // In the order in which they may go: devices and writers before domains.
-    let domain = Domain::create(&options.domain, pages, options.cow_limit)?;
-    let second = Domain::create(&format!("{}-standby", options.domain), pages, 0)?;
+    let (limit, hot) = (options.cow_limit, options.hot_limit);
+    let domain = Domain::create(&options.domain, pages, limit, hot)?;
+    let second = Domain::create(&format!("{}-standby", options.domain), pages, 0, 0)?;
     let guests = usize::from(!options.no_guest);
     let crew = Crew::start(&options.domain, pages, seed, options.writers, guests)?;
     let device = second.open()?;
@@ -178,6 +185,7 @@ impl Check<'_> {
         let counts = self.domain.client.counts(&self.domain.name)?;
         self.totals.copies = self.totals.copies.max(counts.snapshot);
         self.totals.waits = counts.waits;
+        self.totals.hot = self.totals.hot.max(counts.hot);
         self.decide(round)
     }
 
@@ -187,7 +195,7 @@ impl Check<'_> {
         let mut expected = written.clone();
         let pages = expected.length();
         expected.merge(&self.carried);
-        self.carried = Bits::new(pages);
+        let mut least = std::mem::replace(&mut self.carried, Bits::new(pages));
 
         let due = self.totals.full == 0 && next > SURE;
         let full = self.sealed.is_empty() && (self.rng.random_range(0..15) == 0 || due);
@@ -209,18 +217,36 @@ impl Check<'_> {
         let found = self.set(epoch, &bitmap)?;
         if full {
             self.totals.full += 1;
-            let mut least = expected;
+            least = expected;
             reference.used().for_each(|page| least.insert(page));
             if let Some(page) = least.first_not_in(&found) {
                 bail!("epoch {epoch}, full: page {page} exists and is not in the bitmap");
             }
             expected = found;
+        } else if self.domain.hot_limit > 0 {
+            let changed = |page: &u64| self.last.reference.page(*page) != reference.page(*page);
+            let changed = written.iter().filter(changed).collect::<Vec<_>>();
+            changed.into_iter().for_each(|page| least.insert(page));
+            if let Some(page) = least.first_not_in(&found) {
+                bail!("epoch {epoch}: page {page} has changed and is not in the bitmap");
+            }
+            // What is there besides was hot until now; what is missing has not changed.
+            let mut all = expected.clone();
+            all.merge(&found);
+            let cold = all.count() - expected.count();
+            ensure!(
+                cold <= self.domain.hot_limit,
+                "epoch {epoch}: {cold} pages in the bitmap were not written"
+            );
+            self.totals.cold += cold;
+            self.totals.unchanged += all.count() - found.count();
+            expected = found;
         } else {
             same_set(epoch, &found, &expected)?;
         }
-        // After the set, of which a difference names a page.
+        // After the set, of which a difference names a page. Hot pages are not known before.
         ensure!(
-            before.dirty == open,
+            before.dirty == open || self.domain.hot_limit > 0 && before.dirty < open,
             "epoch {epoch}: domain-get said {} pages before the seal, where {open} were written",
             before.dirty
         );
@@ -366,6 +392,9 @@ impl Check<'_> {
             "waits": t.waits,
             "read_again": t.read_again,
             "stale": t.stale,
+            "most_hot": t.hot,
+            "hot_unchanged": t.unchanged,
+            "turned_cold": t.cold,
         })
     }
 }

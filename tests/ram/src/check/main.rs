@@ -58,6 +58,9 @@ pub struct Options {
     /// Most old contents that may be kept at once, in pages; beyond that writers wait (any number)
     #[arg(long, default_value_t = 0)]
     cow_limit: u64,
+    /// Most pages that may be hot: not write-protected but compared (none)
+    #[arg(long, default_value_t = 0)]
+    hot_limit: u64,
     /// Without the KVM guest
     #[arg(long)]
     no_guest: bool,
