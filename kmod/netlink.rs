@@ -203,7 +203,10 @@ fn run(request: &Request<'_>, attrs: &Attrs<'_>, ack: &Ack<'_>) -> Result<(), Re
     let number = |n| attrs.get(n).map(|a| a.number());
     let cow = |has_memory: bool| {
         let about = [attr::COW_LIMIT, attr::COW_POLICY, attr::HOT_LIMIT];
-        if let Some(first) = about.into_iter().find(|n| !has_memory && number(*n).is_some()) {
+        if let Some(first) = about
+            .into_iter()
+            .find(|n| !has_memory && number(*n).is_some())
+        {
             let why = refusal!(EINVAL, "the domain has no memory to limit copies of");
             return Err(blame(first, why));
         }

@@ -110,13 +110,7 @@ impl Hot {
 impl Ram {
     /// Puts the hot pages that have changed into `sealed`, all of them if it is `full`. At most `limit` stay hot.
     /// The memory's state is held alone. After an error the rest is for the next seal to see.
-    pub(super) fn compare(
-        &self,
-        sealed: &Sealed,
-        hot: &mut Hot,
-        limit: u64,
-        full: bool,
-    ) -> Result {
+    pub(super) fn compare(&self, sealed: &Sealed, hot: &mut Hot, limit: u64, full: bool) -> Result {
         let (mut count, mut done) = (0, Ok(()));
         hot.pages.retain(|page| {
             if done.is_err() {

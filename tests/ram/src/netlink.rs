@@ -86,13 +86,7 @@ impl Client {
 
     /// Creates a domain with so many bytes of memory, for which so many bytes of copies may be kept, 0 for
     /// any number, and so many bytes of hot pages.
-    pub fn create(
-        &self,
-        domain: &str,
-        memory: u64,
-        cow_limit: u64,
-        hot_limit: u64,
-    ) -> Result<()> {
+    pub fn create(&self, domain: &str, memory: u64, cow_limit: u64, hot_limit: u64) -> Result<()> {
         self.request(
             cmd::DOMAIN_NEW,
             &[
