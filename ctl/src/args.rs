@@ -218,7 +218,7 @@ pub enum Domain {
     },
 }
 
-/// Limits of a domain; 0 is no limit.
+/// Limits of a domain; 0 is no limit, but for the last one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Args)]
 pub struct Limits {
     /// Most packets that its ports hold together.
@@ -233,7 +233,8 @@ pub struct Limits {
     /// What happens beyond that: the guest waits, or the epoch fails.
     #[arg(long, value_name = "POLICY")]
     pub cow_policy: Option<CowPolicy>,
-    /// Most memory to watch pages that are written all the time, such as 16M: they are compared, not write-protected.
+    /// Most memory to watch pages that are written all the time, such as 16M, or 0 for none: they are compared, not
+    /// write-protected.
     #[arg(long, value_name = "SIZE", value_parser = limit)]
     pub hot_limit: Option<u64>,
 }

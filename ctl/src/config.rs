@@ -98,7 +98,7 @@ pub struct Config {
     /// What happens beyond that, `"throttle"` (the guest waits) or `"fail"` (the epoch is aborted).
     pub cow_policy: Option<CowPolicy>,
     /// Most memory to watch pages that are written all the time.
-    pub hot_limit: Option<Size>,
+    pub hot_limit: Option<Amount>,
     /// Where the standby listens, `ADDRESS[:PORT]`.
     pub listen: Option<String>,
     /// Its disks; what is not listed is not replicated.
@@ -169,7 +169,7 @@ impl Config {
         Limits {
             cow_limit: line.cow_limit.or(self.cow_limit.map(|size| size.0)),
             cow_policy: line.cow_policy.or(self.cow_policy),
-            hot_limit: line.hot_limit.or(self.hot_limit.map(|size| size.0)),
+            hot_limit: line.hot_limit.or(self.hot_limit.map(|amount| amount.0)),
             ..*line
         }
     }
@@ -366,6 +366,8 @@ pub struct StandbySettings {
     pub local: String,
     /// Bytes of its memory.
     pub memory: u64,
+    /// Limits of its memory, for when it is the primary.
+    pub limits: Limits,
     /// Its network interface here.
     pub port: Option<String>,
     /// Its disks, if there are any.
@@ -409,6 +411,7 @@ impl StandbySettings {
             domain: file.name.clone(),
             local: local.clone(),
             memory: file.memory.0,
+            limits: file.limits(&Limits::default()),
             port: line.port.as_ref().or(ports.first()).cloned(),
             images: disk::images(file, local),
             vmm,
@@ -854,8 +857,15 @@ mod tests {
         let s = of("--keys /k", vmm).unwrap();
         assert_eq!((s.local.as_str(), s.listen.as_str()), ("web", LISTEN));
         assert_eq!((s.port, s.timeout), (None, TIMEOUT));
-        let file = format!("ports = ['tap0']\nlisten = '::'\n{vmm}[standby]\nports = ['tap1']\n");
+        assert_eq!(s.limits, Limits::default());
+        let file = format!(
+            "ports = ['tap0']\nlisten = '::'\ncow_limit = '8M'\nhot_limit = '0'\n{vmm}[standby]\nports = ['tap1']\n"
+        );
         let s = of("-F", &file).unwrap();
+        assert_eq!(
+            (s.limits.cow_limit, s.limits.hot_limit),
+            (Some(8 << 20), Some(0))
+        );
         assert_eq!((s.port.as_deref(), s.listen.as_str()), (Some("tap1"), "::"));
         let s = of(
             "-F --as web-b --port tap2 --listen 1.2.3.4 --timeout 70",

@@ -23,7 +23,7 @@ use remus_proto::frame::Kind;
 use rustix::io::Errno;
 use serde_json::json;
 
-use crate::args::Standby;
+use crate::args::{self, Standby};
 use crate::commands::domain;
 use crate::config::disk::{paths, Disk, Images};
 use crate::config::{Config, Places, StandbySettings, Vmm as VmmConfig};
@@ -50,6 +50,7 @@ use crate::{say, signals};
 struct Setup<'a> {
     local: &'a str,
     memory: u64,
+    limits: args::Limits,
     port: Option<&'a str>,
     command: &'a VmmConfig,
     images: Option<&'a Images>,
@@ -120,6 +121,9 @@ impl Host {
         let domain = OwnDomain {
             name: Some(name.to_owned()),
         };
+        if setup.limits != args::Limits::default() {
+            kernel.domain_set(name, &setup.limits)?;
+        }
         let device = made
             .device
             .context("the kernel gave the domain no memory")?;
@@ -190,6 +194,7 @@ pub fn standby(args: &Standby, run_dir: &Path) -> Result<u8> {
     let setup = Setup {
         local,
         memory: settings.memory,
+        limits: settings.limits,
         port: settings.port.as_deref(),
         command: &settings.vmm,
         images: settings.images.as_ref(),
