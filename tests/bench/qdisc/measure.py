@@ -359,8 +359,20 @@ class Bench:
 
 
 def summary(values, unit=None):
-    out = {"value": statistics.median(values), "min": min(values), "max": max(values), "rounds": len(values)}
+    out = {"value": statistics.median(values), "min": min(values), "max": max(values), "rounds": len(values), "values": values}
     return {**out, "unit": unit} if unit else out
+
+
+def pooled(figures):
+    """One figure of those that several machines have measured, each in rounds of its own."""
+    first = figures[0]
+    out = first | summary([v for f in figures for v in f["values"]])
+    out["absolute"] = {name: summary([v for f in figures for v in f["absolute"][name]["values"]], got["unit"])
+                       for name, got in first["absolute"].items()}
+    if "idle_share_max" in first:
+        out["idle_share_max"] = max(f["idle_share_max"] for f in figures)
+    out["met"] = out["value"] <= out["target"]
+    return out
 
 
 def backlog(packets):
