@@ -37,6 +37,8 @@ GUEST_MAC = "52:54:00:77:00:02"
 PORT = 7072
 # A shell in a guest that has disks.
 SHELL_PORT = 9
+# Other than what is usual, so that it shows where the file's limits hold.
+HOT_MIB = 12
 GUEST_BOOT_LIMIT = 300
 LOOK = (
     "info status", "info registers", "info lapic", "info irq", "info virtio",
@@ -315,6 +317,12 @@ class Hosts:
             command = [word.replace("{" + key + "}", value) for word in command]
         return command
 
+    def standby_is_as_described(self):
+        """The waiting domain has what the file says of its memory, not what is usual."""
+        limit = json.loads(self.ctl("beta", "domain", "show", "web-b", "--json").stdout)["hot-limit"]
+        if limit != HOT_MIB << 20:
+            raise Failed(f"the file gives hot pages {HOT_MIB} MiB, and the standby's domain has {limit} bytes for them")
+
     def describe(self, here, there):
         """Writes HERE.toml: the domain of this name, which the other host runs under the other name."""
         o = self.options
@@ -325,7 +333,7 @@ class Hosts:
         # A JSON array of strings is a TOML array of strings.
         text = (
             f'name = "{here}"\nmemory = "{o.memory}M"\nports = ["tap-a"]\n'
-            f"interval_ms = {o.interval}\ntimeout_ms = {o.timeout}\n\n"
+            f'interval_ms = {o.interval}\ntimeout_ms = {o.timeout}\nhot_limit = "{HOT_MIB}M"\n\n'
             f"{mine}[vmm]\ncommand = {json.dumps(command)}\n\n[standby]\nports = [\"tap-b\"]\n{theirs}"
         )
         with open(f"{self.logs}/{here}.toml", "w", encoding="utf-8") as file:

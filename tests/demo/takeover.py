@@ -72,6 +72,7 @@ class Takeover(Hosts):
         for name in ("sniff-alpha", "sniff-beta", "client"):
             self.wait_for(f"the start of {name}", lambda n=name: "ready" in tail(f"{self.logs}/{n}.log"), 60, name)
         self.start_standby()
+        self.standby_is_as_described()
         self.start_protect()
 
     def state(self):
