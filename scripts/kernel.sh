@@ -12,8 +12,8 @@
 SERIES=7.2
 flavour=${1:-release}
 case $flavour in
-    # Guests run it too, with whatever disks.
-    release) fragments=(kernel kernel-disks kernel-tests) compiler= ;;
+    # Guests run it too, with whatever disks; and systemd runs on it.
+    release) fragments=(kernel kernel-disks kernel-systemd kernel-tests) compiler= ;;
     # KASAN together with Rust wants clang (init/Kconfig).
     debug) fragments=(kernel kernel-tests kernel-debug) compiler=LLVM=-19 ;;
     *) die "unknown kernel flavour '$flavour': say release or debug." ;;
