@@ -6,7 +6,7 @@
 
 . "$(dirname "$0")/lib.sh"
 
-runs=1 memory=128 disks=''
+runs=1 memory=128 disks='' units=''
 for ((i = 1; i <= $#; i++)); do
     next=$((i + 1))
     case ${!i} in
@@ -14,12 +14,14 @@ for ((i = 1; i <= $#; i++)); do
         --runs) runs=${!next:-} ;;
         --memory) memory=${!next:-} ;;
         --disks) disks=${!next:-} ;;
+        --units) units=yes ;;
     esac
 done
 [[ $runs =~ ^[1-9][0-9]{0,3}$ ]] || die "--runs takes a number of take-overs from 1 to 9999."
 [[ $memory =~ ^[1-9][0-9]{1,4}$ && $memory -ge 96 ]] || die "--memory takes the guest's memory in MiB, at least 96."
 
 run_tools
+[ -z "$units" ] || install_packages systemd
 KDIR=$("$TOP/scripts/kernel.sh" release)
 export KDIR
 "$TOP/scripts/module.sh" release >/dev/null

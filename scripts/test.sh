@@ -84,6 +84,8 @@ if [ "$what" = all ] || [ "$what" = takeover ]; then
     step "take-overs" scripts/demo.sh --tap --report takeovers --timeout 3000 --runs "${RUNS:-10}"
     # And once the other way afterwards.
     step "protected again" scripts/demo.sh --tap --report back --timeout 3000 --runs 1 --back
+    # And once with both controllers as units of a real systemd, with its watchdog and its journal.
+    step "units" scripts/demo.sh --tap --report units --timeout 3000 --units
     # One part dies, or the way between the hosts, or nothing: what must be mute stays mute. With a larger guest, and with vhost-net,
     # to see that too.
     step "fail closed" scripts/demo.sh --tap --report fail-closed --timeout 3000 --memory 512 --vhost --runs 5 --kill remusctl,qemu,standby,partition,failover

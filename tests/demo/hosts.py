@@ -378,8 +378,12 @@ class Hosts:
             sh(REMUSCTL, "keys", "make", "--names", "alpha,beta", "--out", self.sockets)
         return f"{self.sockets}/{host}.pem"
 
+    def run_dir(self, host):
+        """Where a host's controllers have their sockets."""
+        return f"/run/remus-{host}"
+
     def ctl(self, namespace, *arguments, check=True):
-        return sh("env", f"REMUS_RUN_DIR=/run/remus-{namespace}", REMUSCTL, *arguments, namespace=namespace, check=check)
+        return sh("env", f"REMUS_RUN_DIR={self.run_dir(namespace)}", REMUSCTL, *arguments, namespace=namespace, check=check)
 
     def start_guest(self):
         """Starts the guest on alpha; guest_up() waits for it."""
@@ -412,7 +416,7 @@ class Hosts:
             "standby",
             [REMUSCTL, "standby", "--keys", self.keys("beta"), "--config", f"{self.logs}/web.toml", "--as", "web-b", "--port", "tap-b",
              "--listen", f"{BETA_IP}:{PORT}", "--timeout", str(o.timeout), "--trace", self.path("standby.trace")],
-            "beta", REMUS_RUN_DIR="/run/remus-beta",
+            "beta", REMUS_RUN_DIR=self.run_dir("beta"),
         )  # fmt: skip
         self.wait_for("the standby's start", lambda: listens(standby.pid, PORT), 60, "standby")
         tell("beta: the standby listens")
@@ -425,7 +429,7 @@ class Hosts:
             "protect",
             [REMUSCTL, "protect", "web", "--keys", self.keys("alpha"), "--qmp", f"{self.sockets}/web.qmp", "--to", f"{BETA_IP}:{PORT}",
              *self.with_disks("web"), *(how or ("-i", str(o.interval))), "--timeout", str(o.timeout), "--trace", self.path("protect.trace")],
-            "alpha", REMUS_RUN_DIR="/run/remus-alpha",
+            "alpha", REMUS_RUN_DIR=self.run_dir("alpha"),
         )  # fmt: skip
         begin = time.monotonic()
         self.wait_for("the first epoch", lambda: len(self.epochs()) > known, 120, "qemu", "standby", "protect")
@@ -462,7 +466,7 @@ class Hosts:
             for _ in range(2):
                 file.write(f"# guest\n{ask_monitor(f'{self.sockets}/{name}.monitor', *LOOK)}\n")
             file.write(f"# its console\n{tail(f'{self.sockets}/{name}.console', 40)}\n")
-            for path in [f"{self.logs}/{name}.log" for name in self.processes] + ["/run/remus-beta/web-b.vmm.log"]:
+            for path in [f"{self.logs}/{name}.log" for name in self.processes] + [f"{self.run_dir('beta')}/web-b.vmm.log"]:
                 file.write(f"# {os.path.basename(path)}\n{tail(path, 8)}\n")
             for namespace, command in (
                 (None, ["bridge", "fdb", "show", "br", "lan"]),
@@ -530,7 +534,7 @@ class Hosts:
             # A dead namespace takes its veth along, but not at once.
             sh("ip", "link", "del", f"{namespace}0", check=False)
         sh("ip", "link", "del", "lan", check=False)
-        for path in [f"{self.sockets}/{name}" for name in os.listdir(self.sockets)] + ["/run/remus-beta/web-b.vmm.log"]:
+        for path in [f"{self.sockets}/{name}" for name in os.listdir(self.sockets)] + [f"{self.run_dir('beta')}/web-b.vmm.log"]:
             if os.path.isfile(path):
                 subprocess.run(["cp", path, self.logs], check=False)
         subprocess.run(["rm", "-rf", self.sockets], check=False)

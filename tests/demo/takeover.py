@@ -144,8 +144,8 @@ class Takeover(Hosts):
             self.wait_for("another reply", lambda: len(self.replies.read()) > known, 60, "client")
             if self.kill == "partition":
                 self.gave_up()
-            if o.back and self.kill == "all":
-                self.protect_back()
+            if self.kill == "all":
+                self.taken_over()
         except Failed as e:
             tell(str(e))
             self.look()
@@ -254,6 +254,11 @@ class Takeover(Hosts):
         self.start_standby()
         self.wait_for("protection by it", lambda: len(self.epochs()) > known, 120, "qemu", "standby", "protect")
 
+    def taken_over(self):
+        """What else is looked at when the standby has replaced a host that died."""
+        if self.options.back:
+            self.protect_back()
+
     def protect_back(self):
         """The machine that was taken over is protected by the host that had died, without a restart."""
         o = self.options
@@ -268,7 +273,7 @@ class Takeover(Hosts):
             "standby-back",
             [REMUSCTL, "standby", "--keys", self.keys("alpha"), "--config", f"{self.logs}/web-b.toml", "--as", "web", "--port", "tap-a",
              "--listen", f"{ALPHA_IP}:{PORT}", "--timeout", str(o.timeout), "--trace", self.path("standby-back.trace")],
-            "alpha", REMUS_RUN_DIR="/run/remus-alpha",
+            "alpha", REMUS_RUN_DIR=self.run_dir("alpha"),
         )  # fmt: skip
         self.wait_for("the standby's start", lambda: listens(standby.pid, PORT), 60, "standby-back")
         # It leaves the machine, and its QMP socket, to whoever protects it now.
@@ -278,9 +283,9 @@ class Takeover(Hosts):
         trace = report.trace(self.path("protect-back.trace"))
         self.start(
             "protect-back",
-            [REMUSCTL, "protect", "web-b", "--keys", self.keys("beta"), "--qmp", "/run/remus-beta/web-b.qmp", "--to", f"{ALPHA_IP}:{PORT}",
+            [REMUSCTL, "protect", "web-b", "--keys", self.keys("beta"), "--qmp", f"{self.run_dir('beta')}/web-b.qmp", "--to", f"{ALPHA_IP}:{PORT}",
              *self.with_disks("web-b"), "-i", str(o.interval), "--timeout", str(o.timeout), "--trace", self.path("protect-back.trace")],
-            "beta", REMUS_RUN_DIR="/run/remus-beta",
+            "beta", REMUS_RUN_DIR=self.run_dir("beta"),
         )  # fmt: skip
         begin = time.monotonic()
         watched = ("standby-back", "protect-back", "client")

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use sd_notify::NotifyState;
 
-/// Ready: a standby when it listens, a primary when the standby holds a whole epoch.
+/// Ready: a standby when it listens and its machine waits, a primary when the standby holds a whole epoch.
 pub fn ready(status: &str) {
     let _ = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status(status)]);
 }

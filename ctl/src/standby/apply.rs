@@ -69,13 +69,7 @@ pub(crate) fn apply_all(
             let _ = sender.send(Kind::DiskApplied, stage.epoch, &[]);
         }
         let disks_took = begin.elapsed() - took;
-        if held.epoch == 0 {
-            say!(
-                "epoch {} is here: {} is protected",
-                stage.epoch,
-                offer.domain
-            );
-        }
+        let first = held.epoch == 0;
         (held.epoch, held.state) = (stage.epoch, stage.state);
         report.applied(&Applied {
             epoch: stage.epoch,
@@ -85,6 +79,13 @@ pub(crate) fn apply_all(
             apply_ms: ms(took),
             disks_ms: disks.map(|_| ms(disks_took)),
         });
+        if first {
+            say!(
+                "epoch {} is here: {} is protected",
+                held.epoch,
+                offer.domain
+            );
+        }
     }
     Ok(())
 }

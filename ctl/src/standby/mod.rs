@@ -27,7 +27,7 @@ use crate::args::{self, Standby};
 use crate::commands::domain;
 use crate::config::disk::{paths, Disk, Images};
 use crate::config::{Config, Places, StandbySettings, Vmm as VmmConfig};
-use crate::host::kernel::Machine;
+use crate::host::kernel::{Kernel, Machine};
 use crate::host::netlink::{refusal, Remus};
 use crate::host::qmp::Qmp;
 use crate::host::ram::{self, Ram};
@@ -45,6 +45,9 @@ use crate::standby::disks::{Spec, Store};
 use crate::standby::serve::{serve, End, Handover, Held, Lost, Offer, Parts};
 use crate::standby::takeover::take_over;
 use crate::{say, signals};
+
+/// How long a machine that has not run may take to end.
+const ENDING: Duration = Duration::from_secs(10);
 
 /// What a standby of one domain is made of.
 struct Setup<'a> {
@@ -104,19 +107,56 @@ impl Drop for OwnDomain {
     }
 }
 
+/// Whether the kernel has refused to make what it has already.
+fn exists(error: &anyhow::Error) -> bool {
+    refusal(error).is_some_and(|r| r.errno() == Errno::EXIST)
+}
+
+/// Ends the machine, and deletes the domain, of a standby that was killed before it took over: what that one knew
+/// of its epochs is lost, so the machine will never run. False, and nothing is changed, if that is not what is here.
+fn end_waiting(kernel: &mut Remus, setup: &Setup<'_>) -> Result<bool> {
+    let domain = kernel.get(setup.local)?;
+    let (Some(device), Some(memory)) = (&domain.device, domain.memory) else {
+        return Ok(false);
+    };
+    let Ok(mut qmp) = Qmp::connect(&setup.qmp) else {
+        return Ok(false);
+    };
+    let its_own = qmp.check_memory(&ram::path(device), memory).is_ok();
+    // Until it is told to run, and never again after that.
+    if !its_own || qmp.status()? != "inmigrate" {
+        return Ok(false);
+    }
+    say!("the machine of an earlier standby still waits here, and never ran: ending it");
+    qmp.execute("quit", json!({}))?;
+    let deadline = Instant::now() + ENDING;
+    // Fails when it closes the connection, a moment before it lets the memory go.
+    let _ = qmp.wait_event(ENDING, |_| false);
+    loop {
+        match domain::del_when_free(kernel, setup.local) {
+            Err(e) if Instant::now() > deadline => return Err(e),
+            Err(_) => {}
+            Ok(()) => break,
+        }
+    }
+    Ok(true)
+}
+
 impl Host {
     fn start(setup: &Setup<'_>) -> Result<Self> {
         let disks = setup.images.map(open_images).transpose()?;
         let mut kernel = Remus::connect()?;
         let name = setup.local;
-        let made = kernel.domain_new(name, Some(setup.memory)).map_err(|e| {
-            match refusal(&e).map(|r| r.errno()) {
-                Some(Errno::EXIST) => e.context(format!(
-                    "domain {name} is here already: delete it (remusctl domain del {name}), or give \
-                     this one another name (--as NAME)"
-                )),
-                _ => e,
-            }
+        let mut made = kernel.domain_new(name, Some(setup.memory));
+        if made.as_ref().is_err_and(exists) && end_waiting(&mut kernel, setup)? {
+            made = kernel.domain_new(name, Some(setup.memory));
+        }
+        let made = made.map_err(|e| match exists(&e) {
+            true => e.context(format!(
+                "domain {name} is here already: delete it (remusctl domain del {name}), or give \
+                 this one another name (--as NAME)"
+            )),
+            false => e,
         })?;
         let domain = OwnDomain {
             name: Some(name.to_owned()),
@@ -221,7 +261,6 @@ pub fn standby(args: &Standby, run_dir: &Path) -> Result<u8> {
         orders: &orders,
         stop: &stop,
     };
-    service::ready(&format!("listens on {listen}"));
     let mut caller = None;
     loop {
         let host = Host::start(&setup)?;
@@ -238,6 +277,7 @@ pub fn standby(args: &Standby, run_dir: &Path) -> Result<u8> {
             "standby for {} listens on {listen}; its machine waits (process {pid})",
             settings.domain
         );
+        service::ready(&format!("listens on {listen}, and its machine waits"));
         report.event(
             "standby-ready",
             json!({"domain": settings.domain, "vmm_pid": pid}),
