@@ -222,10 +222,7 @@ impl Qdisc for Port {
 
     #[inline]
     fn dequeue(&self, queue: &mut Queue<'_, Self>) -> Option<Packet> {
-        match self.direction() {
-            Direction::Guest => queue.fifo_dequeue(),
-            Direction::Egress => self.next_outgoing(queue),
-        }
+        self.next_outgoing(queue)
     }
 
     fn reset(&self, queue: &mut Queue<'_, Self>) {

@@ -20,6 +20,7 @@ use crate::{
     abi::{
         netdev::Label,
         qdisc::{
+            Caller,
             Enqueued,
             Instance,
             Outgoing,
@@ -49,6 +50,7 @@ use crate::{
     },
     refusal::Refusal,
 };
+use core::num::NonZeroU64;
 use kernel::{
     impl_has_work,
     new_mutex,
@@ -177,16 +179,18 @@ pub(crate) struct State {
     /// keep it, or when told to. Changes only under the domain's lock, too.
     passing: bool,
     limits: Limits,
-    /// What may be held without a closer look: half of the limits; nothing while the domain counts, too.
+    /// What may be held without a closer look: half of the limits; nothing while this port passes or the domain counts.
     easy: Limits,
     drops: Drops,
     hold_last_ns: u64,
     hold_max_ns: u64,
-    /// How many packets dequeue may return, of those that may go. Without limit it is the largest number, or
-    /// what is left of it.
+    /// How many packets dequeue may return, of those that may go. The largest number is no limit.
     budget: u64,
     /// What is here is counted for the domain too, which has a limit.
     counted: bool,
+    /// What is committed, while that alone decides what dequeue returns: [`Port::look_closer`] finds out. None
+    /// as soon as something changes.
+    ready: Option<NonZeroU64>,
 }
 
 impl Default for State {
@@ -205,19 +209,22 @@ impl Default for State {
             hold_max_ns: 0,
             budget: u64::MAX,
             counted: false,
+            ready: None,
         }
     }
 }
 
 impl State {
-    fn set_limits(&mut self, limits: Limits, counted: bool) {
-        (self.limits, self.counted) = (limits, counted);
-        self.easy = match counted {
-            true => Limits {
+    /// To be called whenever that has changed on which `easy` and `ready` depend.
+    fn changed(&mut self) {
+        self.ready = None;
+        self.easy = if self.passing || self.counted {
+            Limits {
                 packets: 0,
                 bytes: 0,
-            },
-            false => limits.half(),
+            }
+        } else {
+            self.limits.half()
         };
     }
 
@@ -234,6 +241,7 @@ impl State {
     fn release(&mut self) {
         self.released = self.queue.packets();
         self.ledger.discard();
+        self.changed();
     }
 
     /// The next packet that may go.
@@ -310,7 +318,7 @@ impl Port {
             GFP_KERNEL,
         )?;
         port.instance.lock(|queue| {
-            queue.state.set_limits(limits, false);
+            queue.state.limits = limits;
             port.set_passing(queue, passing);
         });
         Ok(port)
@@ -339,8 +347,8 @@ impl Port {
     /// Changes how much it may hold; what it holds already stays. Process context.
     pub(crate) fn set_limits(&self, change: impl FnOnce(Limits) -> Limits) {
         self.instance.lock(|queue| {
-            let state = &mut *queue.state;
-            state.set_limits(change(state.limits), state.counted);
+            queue.state.limits = change(queue.state.limits);
+            queue.state.changed();
         });
     }
 
@@ -389,10 +397,16 @@ impl Port {
         packet: Packet,
         instance: Unlocked<'_, Self>,
     ) -> Option<Packet> {
-        match instance.lock(|queue| self.hold(queue, packet, |_, _| ())) {
-            Verdict::Pass(packet) => Some(packet),
-            Verdict::Held(()) | Verdict::Drop(_) => None,
-        }
+        instance.lock(|queue| {
+            if let Some(epoch) = self.counts_another(queue.state, &packet) {
+                queue.state.queue.push(packet, epoch);
+                return None;
+            }
+            match self.hold(queue, packet, |_, _| ()) {
+                Verdict::Pass(packet) => Some(packet),
+                Verdict::Held(()) | Verdict::Drop(_) => None,
+            }
+        })
     }
 
     /// Takes a packet on its way out.
@@ -403,6 +417,24 @@ impl Port {
         packet: Outgoing<'_>,
     ) -> Enqueued {
         let (packet, caller) = packet.into_parts();
+        match self.counts_another(queue.state, &packet) {
+            Some(epoch) => {
+                let enqueued = queue.held(&packet);
+                queue.state.queue.push(packet, epoch);
+                enqueued
+            }
+            None => self.decide_outgoing(queue, packet, caller),
+        }
+    }
+
+    /// The same for the packets that need a decision. Apart, so that the others call nothing.
+    #[inline(never)]
+    fn decide_outgoing(
+        &self,
+        queue: &mut Queue<'_, Self>,
+        packet: Packet,
+        caller: Caller<'_>,
+    ) -> Enqueued {
         match self.hold(queue, packet, |queue, packet| queue.held(packet)) {
             Verdict::Held(enqueued) => enqueued,
             Verdict::Pass(packet) => caller.pass(queue, packet),
@@ -410,9 +442,23 @@ impl Port {
         }
     }
 
+    /// Counts a packet that is to be held like the one before it: of the same epoch, far from the limits,
+    /// independent of its sender. Returns that epoch, or nothing for a packet that [`hold`](Self::hold) decides on.
+    #[inline]
+    fn counts_another(&self, state: &mut State, packet: &Packet) -> Option<u64> {
+        // Sums over what is in memory do not overflow.
+        let packets = state.queue.packets().wrapping_add(1);
+        let bytes = state.queue.memory().wrapping_add(packet.memory().into());
+        if state.easy.are_passed(packets, bytes) || !packet.is_detached() {
+            return None;
+        }
+        let epoch = self.domain.open_epoch();
+        let counted = state.ledger.hold_another(epoch, packet.len().into());
+        counted.then_some(epoch)
+    }
+
     /// Decides on a packet. Its socket does not account for it any more if it is held: it would be stuck for
     /// an epoch, and would keep its namespace. `account` is called before it is kept.
-    #[inline]
     fn hold<R>(
         &self,
         queue: &mut Queue<'_, Self>,
@@ -458,9 +504,23 @@ impl Port {
         fits
     }
 
-    /// The next packet that may leave.
+    /// The next packet that may leave: what the host sends past a guest's port, too.
     #[inline]
     pub(crate) fn next_outgoing(&self, queue: &mut Queue<'_, Self>) -> Option<Packet> {
+        let Some(epoch) = queue.state.ready else {
+            return self.look_closer(queue);
+        };
+        let packet = queue.state.queue.pop(epoch.get())?;
+        Some(queue.sent(packet))
+    }
+
+    /// The same where more than the epoch of the first packet may matter. Apart, so that
+    /// [`next_outgoing`](Self::next_outgoing), which is called twice for each packet, stays short.
+    #[inline(never)]
+    fn look_closer(&self, queue: &mut Queue<'_, Self>) -> Option<Packet> {
+        if self.direction == Direction::Guest {
+            return queue.fifo_dequeue();
+        }
         if queue.state.budget == 0 {
             return None;
         }
@@ -468,22 +528,20 @@ impl Port {
         if queue.state.released == 0 && !queue.fifo_is_empty() {
             return queue.fifo_dequeue();
         }
-        if queue.state.counted {
-            self.first_gone(queue.state);
+        let state = &mut *queue.state;
+        if state.counted {
+            if let Some(memory) = state.queue.first_due(state.due()) {
+                self.domain.give(1, memory);
+            }
         }
-        let packet = queue.state.pop()?;
-        queue.state.budget -= 1;
+        if !state.passing && !state.counted && state.released == 0 && state.budget == u64::MAX {
+            state.ready = NonZeroU64::new(state.committed);
+        }
+        let packet = state.pop()?;
+        if state.budget != u64::MAX {
+            state.budget -= 1;
+        }
         Some(queue.sent(packet))
-    }
-
-    /// The first packet will not be here any more, if it may go. Called before it is taken out, and apart, so that
-    /// [`next_outgoing`](Self::next_outgoing) has nothing to keep over a call: most domains have no limit.
-    #[cold]
-    #[inline(never)]
-    fn first_gone(&self, state: &State) {
-        if let Some(memory) = state.queue.first_due(state.due()) {
-            self.domain.give(1, memory);
-        }
     }
 
     /// So many packets are not here any more.
@@ -504,7 +562,8 @@ impl Port {
                 } else {
                     self.domain.give(packets, memory);
                 }
-                state.set_limits(state.limits, counted);
+                state.counted = counted;
+                state.changed();
             }
         });
     }
@@ -548,6 +607,7 @@ impl Port {
         let done = self.instance.lock(|queue| {
             let state = &mut *queue.state;
             state.committed = epoch;
+            state.changed();
             let (sum, since) = state.ledger.commit(epoch);
             if let Some(since) = since {
                 state.hold_last_ns = self.now().saturating_sub(since);
@@ -572,9 +632,9 @@ impl Port {
                     self.hand_on(&delivery, 1);
                 }
                 Direction::Egress => {
-                    self.instance.lock(|queue| queue.state.budget = 1);
+                    self.set_budget(1);
                     self.instance.wake();
-                    self.instance.lock(|queue| queue.state.budget = u64::MAX);
+                    self.set_budget(u64::MAX);
                 }
             }
         }
@@ -582,6 +642,14 @@ impl Port {
             // If it is queued already it has not begun, and will see these packets.
             let _ = queue.enqueue(self.clone());
         }
+    }
+
+    /// Dequeue returns at most so many packets from now on.
+    fn set_budget(&self, packets: u64) {
+        self.instance.lock(|queue| {
+            queue.state.budget = packets;
+            queue.state.changed();
+        });
     }
 
     /// Hands packets of the guest on that may go, at most so many. Returns how many. Process context, may
@@ -627,6 +695,7 @@ impl Port {
     /// While nothing is held, packets need not be queued on their way out.
     fn set_passing(&self, queue: &mut Queue<'_, Self>, passing: bool) {
         queue.state.passing = passing;
+        queue.state.changed();
         if self.direction == Direction::Egress {
             queue.set_bypass(passing);
         }
@@ -647,6 +716,7 @@ impl Port {
                 due.push(packet, 0);
             }
             state.released = due.packets();
+            state.changed();
             let rest = core::mem::replace(&mut state.queue, due);
             state.drops.discarded += rest.packets();
             self.gone(state, rest.packets(), rest.memory());
@@ -685,6 +755,7 @@ impl Port {
         state.drops.discarded += state.queue.packets();
         self.gone(state, state.queue.packets(), state.queue.memory());
         state.released = 0;
+        state.changed();
         for queue in [&mut state.queue, &mut state.discarded] {
             *queue = PacketQueue::new();
         }

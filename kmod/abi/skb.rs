@@ -68,6 +68,21 @@ impl Packet {
         unsafe { (*self.0.as_ptr()).truesize }
     }
 
+    /// Whether nothing needs to be done for [`detach`](Self::detach): no socket accounts for the packet (`skb_orphan()`), and
+    /// its data is the kernel's own (`skb_zcopy()`).
+    #[inline]
+    pub(crate) fn is_detached(&self) -> bool {
+        let skb = self.0.as_ptr();
+        // SAFETY: The packet is valid by the type invariant, so its shared information is where its data ends
+        // (`skb_shinfo()`). In this union is the destructor, unless a socket's own queue has the packet.
+        unsafe {
+            let destructor = (*skb).__bindgen_anon_3.__bindgen_anon_1.destructor;
+            let shared = (*skb).head.add((*skb).end as usize);
+            let flags = (*shared.cast::<bindings::skb_shared_info>()).flags;
+            destructor.is_none() && u32::from(flags) & bindings::SKBFL_ZEROCOPY_ENABLE == 0
+        }
+    }
+
     /// Makes a received packet independent of its sender. False if there is no memory for it: such
     /// a packet cannot be held, as the sender could still change it.
     #[must_use]

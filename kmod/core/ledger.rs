@@ -23,9 +23,10 @@ pub struct Sum {
 }
 
 impl Sum {
+    /// Sums over what is in memory do not overflow: not checked, as it is for each packet.
     fn add(&mut self, other: Self) {
-        self.packets += other.packets;
-        self.bytes += other.bytes;
+        self.packets = self.packets.wrapping_add(other.packets);
+        self.bytes = self.bytes.wrapping_add(other.bytes);
     }
 
     fn sub(&mut self, other: Self) {
@@ -117,6 +118,17 @@ impl<S: DerefMut<Target = [Record]>> Ledger<S> {
         }
         self.open.sum.add(Sum { packets: 1, bytes });
         first
+    }
+
+    /// Counts a packet as [`hold`](Self::hold) does, if it is not the first one of its epoch. False if it is: it is not
+    /// counted then.
+    #[inline]
+    pub fn hold_another(&mut self, epoch: u64, bytes: u64) -> bool {
+        let another = epoch == self.open.epoch && self.open.sum.packets > 0;
+        if another {
+            self.open.sum.add(Sum { packets: 1, bytes });
+        }
+        another
     }
 
     /// `epoch` is sealed. Returns what is held for it.

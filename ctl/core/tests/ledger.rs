@@ -58,8 +58,11 @@ proptest! {
                 Op::Packet(bytes, true) => early.push(bytes),
                 Op::Packet(bytes, false) => {
                     let of_open = packets.iter().filter(|p| p.tag > epochs.newest()).count();
-                    let first = ledger.hold(epochs.open(), bytes, || clock);
+                    // Which of the two makes no difference to the others.
+                    let another = bytes % 2 == 0 && ledger.hold_another(epochs.open(), bytes);
+                    let first = !another && ledger.hold(epochs.open(), bytes, || clock);
                     prop_assert_eq!(first, of_open == 0);
+                    prop_assert_eq!(another, bytes % 2 == 0 && of_open > 0);
                     packets.push(Packet { tag: epochs.open(), bytes, at: clock });
                 }
                 Op::Seal => {
