@@ -399,7 +399,7 @@ impl Port {
     ) -> Option<Packet> {
         instance.lock(|queue| {
             if let Some(epoch) = self.counts_another(queue.state, &packet) {
-                queue.state.queue.push(packet, epoch);
+                queue.state.queue.keep(packet, epoch);
                 return None;
             }
             match self.hold(queue, packet, |_, _| ()) {
@@ -420,14 +420,14 @@ impl Port {
         match self.counts_another(queue.state, &packet) {
             Some(epoch) => {
                 let enqueued = queue.held(&packet);
-                queue.state.queue.push(packet, epoch);
+                queue.state.queue.keep(packet, epoch);
                 enqueued
             }
             None => self.decide_outgoing(queue, packet, caller),
         }
     }
 
-    /// The same for the packets that need a decision. Apart, so that the others call nothing.
+    /// The same for the packets that need a decision. Apart, so that little is called for the others.
     #[inline(never)]
     fn decide_outgoing(
         &self,
@@ -442,14 +442,14 @@ impl Port {
         }
     }
 
-    /// Counts a packet that is to be held like the one before it: of the same epoch, far from the limits,
-    /// independent of its sender. Returns that epoch, or nothing for a packet that [`hold`](Self::hold) decides on.
+    /// Counts a packet that is to be held like the one before it: of the same epoch, far from the limits, with data
+    /// of its own. Returns that epoch, or nothing for a packet that [`hold`](Self::hold) decides on.
     #[inline]
     fn counts_another(&self, state: &mut State, packet: &Packet) -> Option<u64> {
         // Sums over what is in memory do not overflow.
         let packets = state.queue.packets().wrapping_add(1);
         let bytes = state.queue.memory().wrapping_add(packet.memory().into());
-        if state.easy.are_passed(packets, bytes) || !packet.is_detached() {
+        if state.easy.are_passed(packets, bytes) || !packet.owns_data() {
             return None;
         }
         let epoch = self.domain.open_epoch();

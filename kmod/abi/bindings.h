@@ -28,6 +28,7 @@
 static const u8 REMUS_MCAST_CAP_NET_ADMIN = GENL_MCAST_CAP_NET_ADMIN;
 
 bool remus_skb_detach(struct sk_buff *skb);
+void remus_skb_orphan(struct sk_buff *skb);
 void remus_skb_free(struct sk_buff *skb);
 void remus_skb_receive(struct sk_buff *first);
 

@@ -29,6 +29,11 @@ bool remus_skb_detach(struct sk_buff *skb)
 	return true;
 }
 
+void remus_skb_orphan(struct sk_buff *skb)
+{
+	skb_orphan(skb);
+}
+
 void remus_skb_free(struct sk_buff *skb)
 {
 	kfree_skb_reason(skb, SKB_DROP_REASON_QDISC_DROP);

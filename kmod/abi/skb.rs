@@ -68,19 +68,17 @@ impl Packet {
         unsafe { (*self.0.as_ptr()).truesize }
     }
 
-    /// Whether nothing needs to be done for [`detach`](Self::detach): no socket accounts for the packet (`skb_orphan()`), and
-    /// its data is the kernel's own (`skb_zcopy()`).
+    /// Whether the packet's data is the kernel's own, so that its sender cannot change it any more (`skb_zcopy()`).
     #[inline]
-    pub(crate) fn is_detached(&self) -> bool {
+    pub(crate) fn owns_data(&self) -> bool {
         let skb = self.0.as_ptr();
         // SAFETY: The packet is valid by the type invariant, so its shared information is where its data ends
-        // (`skb_shinfo()`). In this union is the destructor, unless a socket's own queue has the packet.
-        unsafe {
-            let destructor = (*skb).__bindgen_anon_3.__bindgen_anon_1.destructor;
+        // (`skb_shinfo()`).
+        let flags = unsafe {
             let shared = (*skb).head.add((*skb).end as usize);
-            let flags = (*shared.cast::<bindings::skb_shared_info>()).flags;
-            destructor.is_none() && u32::from(flags) & bindings::SKBFL_ZEROCOPY_ENABLE == 0
-        }
+            (*shared.cast::<bindings::skb_shared_info>()).flags
+        };
+        u32::from(flags) & bindings::SKBFL_ZEROCOPY_ENABLE == 0
     }
 
     /// Makes a received packet independent of its sender. False if there is no memory for it: such
@@ -177,6 +175,20 @@ impl PacketQueue {
             }
         }
         self.tail = skb;
+    }
+
+    /// Appends a packet of `epoch` for a while: no socket accounts for it any more (`skb_orphan()`).
+    #[inline]
+    pub(crate) fn keep(&mut self, packet: Packet, epoch: u64) {
+        self.push(packet, epoch);
+        // SAFETY: The packet was just appended, so `tail` is valid, and nobody else has it. Its destructor is in this
+        // union, as no queue of a socket's has the packet.
+        unsafe {
+            let owner = (*self.tail).__bindgen_anon_3.__bindgen_anon_1.destructor;
+            if owner.is_some() {
+                bindings::remus_skb_orphan(self.tail);
+            }
+        }
     }
 
     /// [`Packet::memory`] of the first packet, if its epoch is at most `epoch`.
