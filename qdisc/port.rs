@@ -423,7 +423,7 @@ impl Port {
                 queue.state.queue.keep(packet, epoch);
                 enqueued
             }
-            None => self.decide_outgoing(queue, packet, caller),
+            None => self.decide_outgoing(queue.reborrow(), packet, caller),
         }
     }
 
@@ -431,14 +431,14 @@ impl Port {
     #[inline(never)]
     fn decide_outgoing(
         &self,
-        queue: &mut Queue<'_, Self>,
+        mut queue: Queue<'_, Self>,
         packet: Packet,
         caller: Caller<'_>,
     ) -> Enqueued {
-        match self.hold(queue, packet, |queue, packet| queue.held(packet)) {
+        match self.hold(&mut queue, packet, |queue, packet| queue.held(packet)) {
             Verdict::Held(enqueued) => enqueued,
-            Verdict::Pass(packet) => caller.pass(queue, packet),
-            Verdict::Drop(packet) => caller.drop(queue, packet),
+            Verdict::Pass(packet) => caller.pass(&queue, packet),
+            Verdict::Drop(packet) => caller.drop(&queue, packet),
         }
     }
 
@@ -508,7 +508,7 @@ impl Port {
     #[inline]
     pub(crate) fn next_outgoing(&self, queue: &mut Queue<'_, Self>) -> Option<Packet> {
         let Some(epoch) = queue.state.ready else {
-            return self.look_closer(queue);
+            return self.look_closer(queue.reborrow());
         };
         let packet = queue.state.queue.pop(epoch.get())?;
         Some(queue.sent(packet))
@@ -517,7 +517,7 @@ impl Port {
     /// The same where more than the epoch of the first packet may matter. Apart, so that
     /// [`next_outgoing`](Self::next_outgoing), which is called twice for each packet, stays short.
     #[inline(never)]
-    fn look_closer(&self, queue: &mut Queue<'_, Self>) -> Option<Packet> {
+    fn look_closer(&self, queue: Queue<'_, Self>) -> Option<Packet> {
         if self.direction == Direction::Guest {
             return queue.fifo_dequeue();
         }

@@ -169,6 +169,16 @@ impl<T: Qdisc> Queue<'_, T> {
         Self { sch, state }
     }
 
+    /// The same for a function that is called with it: as a value it need not be in memory.
+    #[inline]
+    pub(crate) fn reborrow(&mut self) -> Queue<'_, T> {
+        // INVARIANT: As for this one, which cannot be used meanwhile.
+        Queue {
+            sch: self.sch,
+            state: self.state,
+        }
+    }
+
     /// Accounts for a packet that the instance keeps, and will return from
     /// [`dequeue`](Qdisc::dequeue). To be called before the packet is put where it is kept.
     pub(crate) fn held(&self, packet: &Packet) -> Enqueued {

@@ -107,9 +107,9 @@ impl Drop for OwnDomain {
     }
 }
 
-/// Whether the kernel has refused to make what it has already.
-fn exists(error: &anyhow::Error) -> bool {
-    refusal(error).is_some_and(|r| r.errno() == Errno::EXIST)
+/// Whether the kernel has refused with this.
+fn refused(error: &anyhow::Error, with: Errno) -> bool {
+    refusal(error).is_some_and(|r| r.errno() == with)
 }
 
 /// Ends the machine, and deletes the domain, of a standby that was killed before it took over: what that one knew
@@ -133,13 +133,12 @@ fn end_waiting(kernel: &mut Remus, setup: &Setup<'_>) -> Result<bool> {
     // Fails when it closes the connection, a moment before it lets the memory go.
     let _ = qmp.wait_event(ENDING, |_| false);
     loop {
-        match domain::del_when_free(kernel, setup.local) {
-            Err(e) if Instant::now() > deadline => return Err(e),
-            Err(_) => {}
-            Ok(()) => break,
+        let gone = domain::del_when_free(kernel, setup.local);
+        let busy = gone.as_ref().is_err_and(|e| refused(e, Errno::BUSY));
+        if !busy || Instant::now() > deadline {
+            return gone.map(|()| true);
         }
     }
-    Ok(true)
 }
 
 impl Host {
@@ -148,6 +147,7 @@ impl Host {
         let mut kernel = Remus::connect()?;
         let name = setup.local;
         let mut made = kernel.domain_new(name, Some(setup.memory));
+        let exists = |e: &anyhow::Error| refused(e, Errno::EXIST);
         if made.as_ref().is_err_and(exists) && end_waiting(&mut kernel, setup)? {
             made = kernel.domain_new(name, Some(setup.memory));
         }

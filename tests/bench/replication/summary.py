@@ -49,6 +49,12 @@ def less(at, way, load):
     return None if None in (all_of_it, qemu) else all_of_it - qemu
 
 
+def per_epoch(at, way, load):
+    """The share of the guest's work that is lost, for each epoch a second."""
+    share, rate = lost(at, way, load), dig(at, way, load, "epochs", "per_s")
+    return None if share is None or not rate else share / rate
+
+
 def interval(rounds, ms):
     """All that is known about one interval."""
     ats = [at for r in rounds if (at := dig(r, "intervals", ms))]
@@ -72,6 +78,9 @@ def interval(rounds, ms):
             figures |= {f"{way}_{part}": figure(over(way, load, "epochs", part)) for part in ("paused", "paused_qemu")}
         rest = [(less(at, "remus", load), less(at, "plain", load)) for at in ats]
         figures["lost_vs_plain_less_qemu"] = figure([ratio(mine, plain) for mine, plain in rest if mine is not None and plain and plain > 0.01])
+        # Where one of the two does not reach the interval, it has fewer epochs, and pauses less often, than it was asked to.
+        each = [(per_epoch(at, "remus", load), per_epoch(at, "plain", load)) for at in ats]
+        figures["lost_per_epoch_vs_plain"] = figure([ratio(mine, plain) for mine, plain in each if mine is not None and plain])
         out[load] = figures
     for way in "remus", "plain":
         if not any(at.get(way) for at in ats):
@@ -174,7 +183,7 @@ def line(name, got, unit=""):
     """Prints a figure."""
     verdict = "" if got["target"] is None else f"target {got['target']:>5}  {'-' if got['met'] is None else 'met' if got['met'] else 'missed'}"
     spread = f"({number(got['min'])} .. {number(got['max'])})"
-    print(f"  {name:<44} {number(got['value']):>9} {unit:<5} {spread:<20} {verdict}".rstrip())
+    print(f"  {name:<52} {number(got['value']):>9} {unit:<5} {spread:<20} {verdict}".rstrip())
 
 
 def show(out):
@@ -194,9 +203,12 @@ def show(out):
             for way, whose in ("remus", ""), ("plain", ", plain Remus"):
                 line(f"  {load}: of the time paused{whose}", at[load][f"{way}_paused"])
                 line(f"  {load}: of it stop, save, cont{whose}", at[load][f"{way}_paused_qemu"])
+            line(f"  {load}: lost for each epoch a second / by plain Remus", at[load]["lost_per_epoch_vs_plain"])
+            for way, whose in ("remus", ""), ("plain", ", plain Remus"):
+                if of := at.get(f"{way}_epochs", {}).get(load):
+                    line(f"  {load}: epochs{whose}", of["epochs_per_s"], "/s")
         of = at.get("remus_epochs", {}).get("redis")
         if of:
-            line("  redis: epochs", of["epochs_per_s"], "/s")
             line("  redis: pause, median", of["pause_ms"]["p50"], "ms")
             line("  redis: of that stop, save, cont", of["pause_qemu_ms"], "ms")
             line("  redis: processors, primary", of["cpu"]["protect"])
