@@ -177,7 +177,8 @@ impl PacketQueue {
         self.tail = skb;
     }
 
-    /// Appends a packet of `epoch` for a while: no socket accounts for it any more (`skb_orphan()`).
+    /// Appends a packet of `epoch` for a while: no socket accounts for it any more (`skb_orphan()`). Process context or softirq: the
+    /// socket's destructor is called, under whatever lock the caller holds.
     #[inline]
     pub(crate) fn keep(&mut self, packet: Packet, epoch: u64) {
         self.push(packet, epoch);
