@@ -31,7 +31,8 @@ import netlink
 from netlink import EGRESS, GUEST
 from ram import check, libc
 
-EPOCH, LOSS, MANY = 1_000, 50_000, 100_000
+EPOCH, LOSS, MANY = 1000, 50_000, 100_000
+EPOCHS = 32  # at most, while one sits on a device
 FLAG = 18  # where a frame has its mark
 FIRST, LAST = 1, 2
 BACKLOG = "/proc/sys/net/core/netdev_max_backlog"
@@ -150,8 +151,9 @@ class Timed:
         return reply[netlink.HEADER.size:length], took
 
 
-# What may sit on a device. Each has install() and remove(); before an epoch prepare(), and for it seal() and
-# release(), which make a call that is ready and do nothing else, as they count for the cost of a packet.
+# What may sit on a device. Each has install() and remove(), and for an epoch seal() and release(), which make a call that
+# is ready and do nothing else, as they count for the cost of a packet. Nor is anything done between two epochs of one that
+# is not between two of the other: what follows would find colder caches.
 
 
 class Plain:
@@ -169,9 +171,6 @@ class Plain:
     def remove(self):
         if self.kind:
             self.bench.rtnl.qdisc_del(self.line.device)
-
-    def prepare(self):
-        pass
 
     def seal(self):
         pass
@@ -193,29 +192,26 @@ class Remus(Plain):
             direction=self.line.direction, packets=200_000, size=1 << 30) + more)
         self.domain = netlink.attr(netlink.ATTR["domain"], netlink.text(self.line.device))
         self.seal_message = self.message("epoch-seal")
-        self.next, self.replies = self.get()["open-epoch"], []
+        self.first, self.replies = self.get()["open-epoch"], []
+        self.commits = iter([self.message("epoch-commit", netlink.attr(netlink.ATTR["epoch"], netlink.uint(self.first + n)))
+                             for n in range(EPOCHS)])
 
     def remove(self):
         self.bench.rtnl.qdisc_del(self.line.device)
+        done = [netlink.Genl.decode(reply)["epoch"] for reply, _ in self.replies]
+        if done != [self.first + n // 2 for n in range(len(done))]:
+            raise RuntimeError(f"sealed or committed other epochs than those from {self.first} on: {done}")
 
     def message(self, command, attrs=b""):
         genl = self.bench.genl.netlink
         payload = struct.pack("=BBH", netlink.CMD[command], 1, 0) + self.domain + attrs
         return genl.message(genl.family, 0, payload)[0]
 
-    def prepare(self):
-        for reply, _ in self.replies:
-            if netlink.Genl.decode(reply)["epoch"] != self.next - 1:
-                raise RuntimeError(f"sealed or committed another epoch than {self.next - 1}")
-        self.replies = []
-        self.commit_message = self.message("epoch-commit", netlink.attr(netlink.ATTR["epoch"], netlink.uint(self.next)))
-        self.next += 1
-
     def seal(self):
         self.replies.append(self.bench.genl.call(self.seal_message))
 
     def release(self):
-        self.replies.append(self.bench.genl.call(self.commit_message))
+        self.replies.append(self.bench.genl.call(next(self.commits)))
 
     def times(self):
         """Of the last call: the time it took, and duration-ns."""
@@ -231,7 +227,7 @@ class Remus(Plain):
 
 class Pass(Remus):
     passthrough = True
-    prepare, seal, release = Plain.prepare, Plain.seal, Plain.release
+    seal, release = Plain.seal, Plain.release
 
 
 class Plug(Plain):
@@ -416,7 +412,6 @@ def packet_costs(bench, variants, installs, epochs=6):
                 for epoch in range(epochs + 2):
                     if epoch == 2:
                         idle, begin = idle_ns(), clock()
-                    queue.prepare()
                     start = clock()
                     line.send(EPOCH)
                     queue.seal()
@@ -485,7 +480,6 @@ def first_packet(bench, name, line, plug, where, samples=7):
             with bench.use(queue):
                 times = []
                 for _ in range(samples + 1):
-                    queue.prepare()
                     line.send(EPOCH)
                     queue.seal()
                     begin = time.clock_gettime_ns(time.CLOCK_REALTIME)
@@ -506,7 +500,6 @@ def call_times(bench, line, suffix, samples=5):
 
     def once(queue, count):
         """One epoch: (wall time, duration-ns) of its seal and its commit."""
-        queue.prepare()
         line.send(count)
         if queue.held() != count:
             raise RuntimeError(f"{queue.held()} packets are held instead of {count}")
@@ -548,7 +541,6 @@ def loss(bench, rounds=5):
         for which, kind in enumerate((Remus, IfbPlug)):
             with bench.use(kind(bench, line)) as queue:
                 receiver = bench.receiver(line, everything=True)
-                queue.prepare()
                 line.send(LOSS, numbered=True)
                 if queue.held() != LOSS:
                     raise RuntimeError(f"{names[which]} holds {queue.held()} packets instead of {LOSS}")
