@@ -250,6 +250,14 @@ impl State {
         self.released = self.released.saturating_sub(1);
         Some(packet)
     }
+
+    /// The next packets that may go, at most so many.
+    fn take(&mut self, most: u64) -> PacketQueue {
+        let mut taken = self.queue.take(most.min(self.released), u64::MAX);
+        self.released -= taken.packets();
+        taken.append(self.queue.take(most - taken.packets(), self.committed));
+        taken
+    }
 }
 
 /// What becomes of a packet.
@@ -399,7 +407,7 @@ impl Port {
     ) -> Option<Packet> {
         instance.lock(|queue| {
             if let Some(epoch) = self.counts_another(queue.state, &packet) {
-                queue.state.queue.keep(packet, epoch);
+                queue.state.queue.push(packet, epoch);
                 return None;
             }
             match self.hold(queue, packet, |_, _| ()) {
@@ -420,7 +428,7 @@ impl Port {
         match self.counts_another(queue.state, &packet) {
             Some(epoch) => {
                 let enqueued = queue.held(&packet);
-                queue.state.queue.keep(packet, epoch);
+                queue.state.queue.push(packet, epoch);
                 enqueued
             }
             None => self.decide_outgoing(queue.reborrow(), packet, caller),
@@ -457,8 +465,7 @@ impl Port {
         counted.then_some(epoch)
     }
 
-    /// Decides on a packet. Its socket does not account for it any more if it is held: it would be stuck for
-    /// an epoch, and would keep its namespace. `account` is called before it is kept.
+    /// Decides on a packet. `account` is called before it is kept.
     fn hold<R>(
         &self,
         queue: &mut Queue<'_, Self>,
@@ -655,16 +662,14 @@ impl Port {
     /// Hands packets of the guest on that may go, at most so many. Returns how many. Process context, may
     /// sleep.
     fn hand_on(&self, _: &Delivery<'_>, most: u64) -> u64 {
-        let mut batch = PacketQueue::new();
-        self.instance.lock(|queue| {
-            while batch.packets() < most {
-                match queue.state.pop() {
-                    Some(packet) => batch.push(packet, 0),
-                    None => break,
-                }
-            }
+        let batch = self.instance.lock(|queue| {
+            let batch = queue.state.take(most);
             self.gone(queue.state, batch.packets(), batch.memory());
+            batch
         });
+        let Some(batch) = batch else {
+            return 0;
+        };
         let packets = batch.packets();
         if packets > 0 {
             batch.receive();
@@ -711,10 +716,7 @@ impl Port {
         let done = self.instance.lock(|queue| {
             let state = &mut *queue.state;
             // What may go already, but is still here.
-            let mut due = PacketQueue::new();
-            while let Some(packet) = state.pop() {
-                due.push(packet, 0);
-            }
+            let due = state.take(u64::MAX);
             state.released = due.packets();
             state.changed();
             let rest = core::mem::replace(&mut state.queue, due);

@@ -28,7 +28,6 @@
 static const u8 REMUS_MCAST_CAP_NET_ADMIN = GENL_MCAST_CAP_NET_ADMIN;
 
 bool remus_skb_detach(struct sk_buff *skb);
-void remus_skb_orphan(struct sk_buff *skb);
 void remus_skb_free(struct sk_buff *skb);
 void remus_skb_receive(struct sk_buff *first);
 
@@ -37,7 +36,6 @@ struct sk_buff *remus_qdisc_peek(struct Qdisc *sch);
 int remus_qdisc_fifo_enqueue(struct sk_buff *skb, struct Qdisc *sch, struct sk_buff **to_free);
 struct sk_buff *remus_qdisc_fifo_dequeue(struct Qdisc *sch);
 void remus_qdisc_fifo_purge(struct Qdisc *sch);
-struct sk_buff *remus_qdisc_sent(struct Qdisc *sch, struct sk_buff *skb);
 void remus_qdisc_forgotten(struct Qdisc *sch, const struct sk_buff *skb);
 void remus_qdisc_lock(struct Qdisc *sch);
 void remus_qdisc_unlock(struct Qdisc *sch);

@@ -17,21 +17,12 @@
 /* The kernel has no prototypes for what only Rust calls; bindings.h has. */
 
 /*
- * Make a received packet independent of its sender, so that it can be held for any time: no socket
- * accounts for it any more, and no buffer of user space backs it, which the sender could change
- * after the fact. False if there is no memory for that.
+ * Make a packet independent of its sender, so that it can be held for any time: no buffer of user space backs it
+ * any more, which the sender could change after the fact. False if there is no memory for that.
  */
 bool remus_skb_detach(struct sk_buff *skb)
 {
-	if (skb_orphan_frags_rx(skb, GFP_ATOMIC))
-		return false;
-	skb_orphan(skb);
-	return true;
-}
-
-void remus_skb_orphan(struct sk_buff *skb)
-{
-	skb_orphan(skb);
+	return !skb_orphan_frags_rx(skb, GFP_ATOMIC);
 }
 
 void remus_skb_free(struct sk_buff *skb)
@@ -97,16 +88,7 @@ void remus_qdisc_fifo_purge(struct Qdisc *sch)
 	__qdisc_reset_queue(&sch->q);
 }
 
-/* Account for a packet that was held, and that dequeue returns: as its last call, so that it costs a jump. */
-struct sk_buff *remus_qdisc_sent(struct Qdisc *sch, struct sk_buff *skb)
-{
-	sch->q.qlen--;
-	qdisc_qstats_backlog_dec(sch, skb);
-	qdisc_bstats_update(sch, skb);
-	return skb;
-}
-
-/* The same for a packet that is dropped instead. */
+/* Account for a packet that was held and is dropped. */
 void remus_qdisc_forgotten(struct Qdisc *sch, const struct sk_buff *skb)
 {
 	sch->q.qlen--;

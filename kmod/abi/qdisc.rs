@@ -207,13 +207,20 @@ impl<T: Qdisc> Queue<'_, T> {
         }
     }
 
-    /// Accounts for a packet that was [`held`](Self::held) and is about to be returned.
+    /// Accounts for a packet that was [`held`](Self::held) and is about to be returned, as `qdisc_bstats_update()` does
+    /// where 64 bits are one word: the only one who writes needs no more than that.
     pub(crate) fn sent(&self, packet: Packet) -> Packet {
-        // SAFETY: Valid and locked by the type invariant; gives back the packet that it gets.
+        let (sch, size) = (self.sch.as_ptr(), packet.wire_len());
+        // SAFETY: As in `held`. Others only read the sums.
         unsafe {
-            let skb = bindings::remus_qdisc_sent(self.sch.as_ptr(), packet.into_raw());
-            Packet::from_raw(NonNull::new_unchecked(skb))
+            (*sch).q.qlen = (*sch).q.qlen.wrapping_sub(1);
+            (*sch).qstats.backlog = (*sch).qstats.backlog.wrapping_sub(size);
+            let bytes = addr_of_mut!((*sch).bstats.bytes.v.a.a.counter);
+            bytes.write_volatile(bytes.read().wrapping_add(size.into()));
+            let packets = addr_of_mut!((*sch).bstats.packets.v.a.a.counter);
+            packets.write_volatile(packets.read().wrapping_add(packet.segments().into()));
         }
+        packet
     }
 
     /// Drops a packet that was [`held`](Self::held) and will not be returned, and counts it as dropped.

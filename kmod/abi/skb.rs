@@ -62,6 +62,20 @@ impl Packet {
         unsafe { (*control_block(self.0.as_ptr())).pkt_len }
     }
 
+    /// Packets that it will be on the wire, as a queue discipline counts them.
+    #[inline]
+    pub(super) fn segments(&self) -> u16 {
+        let shared = self.shared();
+        // SAFETY: Valid, and only whoever owns the packet changes it.
+        unsafe {
+            if (*shared).gso_size == 0 {
+                1
+            } else {
+                (*shared).gso_segs
+            }
+        }
+    }
+
     /// Bytes of memory that the packet keeps.
     pub(crate) fn memory(&self) -> u32 {
         // SAFETY: The packet is valid by the type invariant.
@@ -71,20 +85,22 @@ impl Packet {
     /// Whether the packet's data is the kernel's own, so that its sender cannot change it any more (`skb_zcopy()`).
     #[inline]
     pub(crate) fn owns_data(&self) -> bool {
-        let skb = self.0.as_ptr();
-        // SAFETY: The packet is valid by the type invariant, so its shared information is where its data ends
-        // (`skb_shinfo()`).
-        let flags = unsafe {
-            let shared = (*skb).head.add((*skb).end as usize);
-            (*shared.cast::<bindings::skb_shared_info>()).flags
-        };
+        // SAFETY: Valid, and only whoever owns the packet changes it.
+        let flags = unsafe { (*self.shared()).flags };
         u32::from(flags) & bindings::SKBFL_ZEROCOPY_ENABLE == 0
     }
 
-    /// Makes a received packet independent of its sender. False if there is no memory for it: such
-    /// a packet cannot be held, as the sender could still change it.
-    #[must_use]
+    /// Its shared information, which is where its data ends (`skb_shinfo()`).
     #[inline]
+    fn shared(&self) -> *const bindings::skb_shared_info {
+        let skb = self.0.as_ptr();
+        // SAFETY: The packet is valid by the type invariant.
+        unsafe { (*skb).head.add((*skb).end as usize).cast() }
+    }
+
+    /// Gives the packet data of its own ([`owns_data`](Self::owns_data)). False if there is no memory for it: such a
+    /// packet cannot be held, as the sender could still change it.
+    #[must_use]
     pub(crate) fn detach(&mut self) -> bool {
         // SAFETY: The packet is valid and owned by the type invariant.
         unsafe { bindings::remus_skb_detach(self.0.as_ptr()) }
@@ -157,14 +173,18 @@ impl PacketQueue {
         self.memory
     }
 
-    /// Appends a packet of `epoch`.
+    /// Appends a packet of `epoch`. No socket accounts for it any more (as `skb_orphan()` has it): to be there for an
+    /// epoch would fill that, and keep its namespace. Process context or softirq: the socket's destructor is called,
+    /// under whatever lock the caller holds.
+    #[inline]
     pub(crate) fn push(&mut self, packet: Packet, epoch: u64) {
         // Sums over what is in memory do not overflow: not checked, as it is for each packet.
         self.packets = self.packets.wrapping_add(1);
         self.memory = self.memory.wrapping_add(packet.memory().into());
         let skb = packet.into_raw();
         // SAFETY: The packet was owned, so nothing else has it; its control block is the queue
-        // discipline's, by the invariant of `Packet`. `tail` is valid if it is not null.
+        // discipline's, by the invariant of `Packet`. `tail` is valid if it is not null. The destructor is in this
+        // union, as no queue of a socket's has the packet, and is for the socket that `sk` is.
         unsafe {
             *epoch_of(skb) = epoch;
             *next_of(skb) = null_mut();
@@ -173,23 +193,14 @@ impl PacketQueue {
             } else {
                 *next_of(self.tail) = skb;
             }
-        }
-        self.tail = skb;
-    }
-
-    /// Appends a packet of `epoch` for a while: no socket accounts for it any more (`skb_orphan()`). Process context or softirq: the
-    /// socket's destructor is called, under whatever lock the caller holds.
-    #[inline]
-    pub(crate) fn keep(&mut self, packet: Packet, epoch: u64) {
-        self.push(packet, epoch);
-        // SAFETY: The packet was just appended, so `tail` is valid, and nobody else has it. Its destructor is in this
-        // union, as no queue of a socket's has the packet.
-        unsafe {
-            let owner = (*self.tail).__bindgen_anon_3.__bindgen_anon_1.destructor;
-            if owner.is_some() {
-                bindings::remus_skb_orphan(self.tail);
+            let destructor = &mut (*skb).__bindgen_anon_3.__bindgen_anon_1.destructor;
+            if let Some(told) = *destructor {
+                told(skb);
+                *destructor = None;
+                (*skb).sk = null_mut();
             }
         }
+        self.tail = skb;
     }
 
     /// [`Packet::memory`] of the first packet, if its epoch is at most `epoch`.
@@ -219,6 +230,42 @@ impl PacketQueue {
         self.packets = self.packets.wrapping_sub(1);
         self.memory = self.memory.wrapping_sub(packet.memory().into());
         Some(packet)
+    }
+
+    /// Takes out the packets at the head whose epoch is at most `epoch`, at most so many.
+    pub(crate) fn take(&mut self, most: u64, epoch: u64) -> Self {
+        let mut taken = Self {
+            head: self.head,
+            ..Self::new()
+        };
+        while taken.packets < most {
+            let Some(skb) = NonNull::new(self.head) else {
+                break;
+            };
+            // SAFETY: The chain is valid by the type invariant, and each packet has an epoch.
+            unsafe {
+                if *epoch_of(skb.as_ptr()) > epoch {
+                    break;
+                }
+                taken.memory += u64::from((*skb.as_ptr()).truesize);
+                self.head = *next_of(skb.as_ptr());
+            }
+            taken.tail = skb.as_ptr();
+            taken.packets += 1;
+        }
+        if self.head.is_null() {
+            self.tail = null_mut();
+        }
+        if taken.tail.is_null() {
+            taken.head = null_mut();
+        } else {
+            // SAFETY: A packet of the chain, which ends with it.
+            unsafe { *next_of(taken.tail) = null_mut() };
+        }
+        self.packets -= taken.packets;
+        self.memory -= taken.memory;
+        // INVARIANT: The chain was cut after `tail`, and what was counted is before that.
+        taken
     }
 
     /// Appends all of `other`.
