@@ -82,12 +82,15 @@ impl Packet {
         unsafe { (*self.0.as_ptr()).truesize }
     }
 
-    /// Whether the packet's data is the kernel's own, so that its sender cannot change it any more (`skb_zcopy()`).
+    /// Whether the packet's data is the kernel's own, so that its sender cannot change it any more: where all of it
+    /// lies in one piece (`skb_is_nonlinear()`), or none is the sender's (`skb_zcopy()`).
     #[inline]
     pub(crate) fn owns_data(&self) -> bool {
         // SAFETY: Valid, and only whoever owns the packet changes it.
-        let flags = unsafe { (*self.shared()).flags };
-        u32::from(flags) & bindings::SKBFL_ZEROCOPY_ENABLE == 0
+        unsafe {
+            (*self.0.as_ptr()).data_len == 0
+                || u32::from((*self.shared()).flags) & bindings::SKBFL_ZEROCOPY_ENABLE == 0
+        }
     }
 
     /// Its shared information, which is where its data ends (`skb_shinfo()`).
