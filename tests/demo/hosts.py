@@ -319,6 +319,9 @@ class Hosts:
 
     def standby_is_as_described(self):
         """The waiting domain has what the file says of its memory, not what is usual."""
+        # It opens the disks before it makes the domain.
+        ready = lambda: any(e.get("event") == "standby-ready" for e in self.secondary.read())  # noqa: E731
+        self.wait_for("the standby's machine", ready, 60, "standby")
         limit = json.loads(self.ctl("beta", "domain", "show", "web-b", "--json").stdout)["hot-limit"]
         if limit != HOT_MIB << 20:
             raise Failed(f"the file gives hot pages {HOT_MIB} MiB, and the standby's domain has {limit} bytes for them")
@@ -378,6 +381,10 @@ class Hosts:
             sh(REMUSCTL, "keys", "make", "--names", "alpha,beta", "--out", self.sockets)
         return f"{self.sockets}/{host}.pem"
 
+    def security(self, host):
+        """How a controller gets to know its keys, or that it is to do without."""
+        return ["-F"] if getattr(self.options, "plain", False) else ["--keys", self.keys(host)]
+
     def run_dir(self, host):
         """Where a host's controllers have their sockets."""
         return f"/run/remus-{host}"
@@ -414,7 +421,7 @@ class Hosts:
         o = self.options
         standby = self.start(
             "standby",
-            [REMUSCTL, "standby", "--keys", self.keys("beta"), "--config", f"{self.logs}/web.toml", "--as", "web-b", "--port", "tap-b",
+            [REMUSCTL, "standby", *self.security("beta"), "--config", f"{self.logs}/web.toml", "--as", "web-b", "--port", "tap-b",
              "--listen", f"{BETA_IP}:{PORT}", "--timeout", str(o.timeout), "--trace", self.path("standby.trace")],
             "beta", REMUS_RUN_DIR=self.run_dir("beta"),
         )  # fmt: skip
@@ -427,7 +434,7 @@ class Hosts:
         known = len(self.epochs())
         self.start(
             "protect",
-            [REMUSCTL, "protect", "web", "--keys", self.keys("alpha"), "--qmp", f"{self.sockets}/web.qmp", "--to", f"{BETA_IP}:{PORT}",
+            [REMUSCTL, "protect", "web", *self.security("alpha"), "--qmp", f"{self.sockets}/web.qmp", "--to", f"{BETA_IP}:{PORT}",
              *self.with_disks("web"), *(how or ("-i", str(o.interval))), "--timeout", str(o.timeout), "--trace", self.path("protect.trace")],
             "alpha", REMUS_RUN_DIR=self.run_dir("alpha"),
         )  # fmt: skip

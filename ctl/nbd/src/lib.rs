@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use nbdkit::{export_name, Error, Flags, FuaFlags, Result, Server};
+use nbdkit::{export_name, Error, Flags, Result, Server};
 use remus_proto::export::{Action, Request};
 
 /// EINVAL and EIO of errno(3): the same on every architecture of Linux.
@@ -23,6 +23,9 @@ const EIO: i32 = 5;
 static SOCKET: OnceLock<PathBuf> = OnceLock::new();
 
 /// A disk that a client has opened.
+///
+/// There is nothing to flush: what a guest has flushed is kept by the epoch that it is part of. QEMU is told so, and asks
+/// for no answer at each flush, of which each pause of the guest has one.
 struct Disk {
     name: String,
     size: u64,
@@ -147,15 +150,6 @@ impl Server for Disk {
         self.tell(Action::Discard, count, offset, &[])
     }
 
-    /// What a guest has flushed is kept by the epoch that it is part of.
-    fn flush(&self) -> Result<()> {
-        Ok(())
-    }
-
-    fn can_fua(&self) -> Result<FuaFlags> {
-        Ok(FuaFlags::Native)
-    }
-
     /// A second connection could overtake the first.
     fn can_multi_conn(&self) -> Result<bool> {
         Ok(false)
@@ -171,8 +165,6 @@ mod entry {
         config_complete,
         write_at,
         trim,
-        flush,
-        can_fua,
         can_multi_conn
     });
 }

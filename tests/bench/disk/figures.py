@@ -6,6 +6,8 @@ from summary import dig, line, note, ratio
 
 # At least.
 TARGETS = {"vs_sync_mirror": 0.9, "read_ratio": 0.95}
+# What is protected, and the mirror that is as safe from others on the network.
+PAIRS = {"protected_plain": "mirror", "protected": "mirror_tls", "protected_seldom": "mirror_tls"}
 # Whose processor time is counted.
 PARTS = "qemu", "nbdkit", "protect", "standby"
 
@@ -25,6 +27,11 @@ def report(items, command, resets):
 
     def ratios(one, other, *path):
         return [ratio(mine, theirs) for mine, theirs in zip(of(one, *path), of(other, *path))]
+
+    def beside(one, other, target=None):
+        return {"seq_write": figure(ratios(one, other, "seq_write", "bytes_per_s"), target),
+                "rand_write": figure(ratios(one, other, "rand_write", "iops"), target)}
+
     applied = of("protected", "rand_write", "apply_ms", "p50")
     out = {
         "command": command, "kernel": dig(machines[0], "kernel"), "accel": dig(machines[0], "accel"),
@@ -35,20 +42,18 @@ def report(items, command, resets):
         # How many times as long.
         "fsync_latency_ratio": figure(ratios("protected", "unprotected", "rand_write", "fsync_ms")),
         "read_ratio": figure(ratios("protected", "unprotected", "seq_read", "bytes_per_s"), TARGETS["read_ratio"]),
-        **{
-            f"vs_sync_{way}": {
-                "seq_write": figure(ratios("protected", way, "seq_write", "bytes_per_s"), target),
-                "rand_write": figure(ratios("protected", way, "rand_write", "iops"), target),
-            }
-            for way, target in (("mirror", TARGETS["vs_sync_mirror"]), ("mirror_tls", None))
-        },
+        "vs_sync_mirror": beside("protected", "mirror", TARGETS["vs_sync_mirror"]),
+        # Neither of both, or both, encrypted.
+        "like_for_like": {one: beside(one, other) for one, other in PAIRS.items()},
+        "read_ratios": {way: figure(ratios(way, "unprotected", "seq_read", "bytes_per_s")) for way in PAIRS},
         "apply_ms": {"seq_write": figure(of("protected", "seq_write", "apply_ms", "p50")), "rand_write": figure(applied)},
         "absolute": {
             way: {
                 "seq_write_mb_per_s": figure([v and v / 1e6 for v in of(way, "seq_write", "bytes_per_s")]),
                 "rand_write_iops": figure(of(way, "rand_write", "iops")),
                 "fsync_ms": figure(of(way, "rand_write", "fsync_ms")),
-                "fsync_p99_ms": figure(of(way, "rand_write", "fsync_p99_ms")),
+                # Of the time, how much the guest stood still, as remusctl says.
+                "paused": {kind: figure(of(way, kind, "epochs", "paused")) for kind in ("seq_write", "rand_write", "seq_read")},
                 "seq_read_mb_per_s": figure([v and v / 1e6 for v in of(way, "seq_read", "bytes_per_s")]),
                 # For a MiB, and for a write at random.
                 "cpu_ms": {
@@ -56,7 +61,7 @@ def report(items, command, resets):
                     for kind in ("seq_write", "rand_write", "seq_read")
                 },
             }
-            for way in ("unprotected", "protected", "mirror", "mirror_tls")
+            for way in ("unprotected", "mirror", "mirror_tls", *PAIRS)
         },
     }  # fmt: skip
     out["note"] = note(out)
@@ -71,8 +76,10 @@ def show(out):
     line("reads in sequence / unprotected", out["read_ratio"])
     line("writes in sequence / QEMU's mirror", out["vs_sync_mirror"]["seq_write"])
     line("writes at random / QEMU's mirror", out["vs_sync_mirror"]["rand_write"])
-    line("writes in sequence / QEMU's mirror with TLS", out["vs_sync_mirror_tls"]["seq_write"])
-    line("writes at random / QEMU's mirror with TLS", out["vs_sync_mirror_tls"]["rand_write"])
+    for one, other in PAIRS.items():
+        line(f"writes in sequence, {one} / {other}", out["like_for_like"][one]["seq_write"])
+        line(f"writes at random, {one} / {other}", out["like_for_like"][one]["rand_write"])
+        line(f"reads in sequence, {one} / unprotected", out["read_ratios"][one])
     line("standby writes an epoch's changes, in sequence", out["apply_ms"]["seq_write"], "ms")
     line("standby writes an epoch's changes, at random", out["apply_ms"]["rand_write"], "ms")
     for way, got in out["absolute"].items():
@@ -81,6 +88,9 @@ def show(out):
         line("  writes at random", got["rand_write_iops"], "/s")
         line("  fdatasync", got["fsync_ms"], "ms")
         line("  reads in sequence", got["seq_read_mb_per_s"], "MB/s")
+        for kind, share in got["paused"].items():
+            if share["value"] is not None:
+                line(f"  of the time paused, {kind}", share)
         for kind, what in ("seq_write", "a MiB written"), ("rand_write", "a write at random"), ("seq_read", "a MiB read"):
             for name, spent in got["cpu_ms"][kind].items():
                 line(f"  processor time of {name}, {what}", spent, "ms")

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0
 """Measures, in the virtual machine: fio in one guest whose disk is replicated in one way after the other."""
 
+import concurrent.futures
 import contextlib
 import glob
 import json
 import os
 import secrets
 import socket
+import time
 
 import measure
 import report
@@ -22,8 +24,14 @@ LOADS = {
     "seq_read": "--rw=read --bs=1m",
 }
 FIO = f"/bin/fio --name=load --filename={FILE} --size={FILE_MIB}m --direct=1 --ioengine=psync --clocksource=clock_gettime --output-format=json"
-# The mirror with TLS is as safe from others on the network as the protected guest's disk.
-WAYS = "unprotected", "protected", "mirror", "mirror_tls"
+# The mirror with TLS is as safe from others on the network as the protected guest's disk, and the guest protected without keys
+# as unsafe as the mirror without. With an epoch every so often pauses hardly count.
+WAYS = "unprotected", "protected", "mirror", "mirror_tls", "protected_plain", "protected_seldom"
+SELDOM_MS = 2000
+# What the guest's kernel has done with its disk, and which field counts sectors (Documentation/block/stat.rst).
+STAT, SECTOR = "cat /sys/block/vda/stat", 512
+FIELD = {"seq_write": 6, "rand_write": 6, "seq_read": 2}
+BLOCK = 4096
 
 
 class Qmp:
@@ -77,23 +85,49 @@ class Rounds(measure.Bench):
         self.start_standby()
 
     def window(self, kind):
-        """What fio achieves with a load for a while, and what the standby does meanwhile."""
-        seconds = self.options.seconds
-        known, before = len(self.secondary.read()), self.busy()
-        said = self.ask_guest(f"{FIO} {LOADS[kind]} --time_based --runtime={seconds}", 120 + 4 * seconds)
+        """What fio achieves with a load for a while, by this host's clock, and what the others do meanwhile.
+
+        The guest's own clock, and so fio's, stands still while the guest does.
+        """
+        seconds, watched = self.options.seconds, ("qemu", *(n for n in ("protect", "standby") if "protect" in self.processes))
+        known = len(self.secondary.read())
+        # It begins, and is ended, outside of what counts.
+        command = f"{FIO} {LOADS[kind]} --time_based --runtime=3600 || true"
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            asked = thread.submit(self.ask_guest, command, 240 + 2 * seconds)
+            try:
+                idle = self.progress(kind)[1]
+                while self.progress(kind)[1] < idle + 2**16:
+                    self.watch(0.2, *watched)
+                begin, done, spent = *self.progress(kind), self.busy()
+                self.watch(seconds, *watched)
+                end, more, used = *self.progress(kind), self.busy()
+            finally:
+                with contextlib.suppress(Failed):
+                    self.ask_guest("/bin/busybox killall -INT fio", 60)
+            said = asked.result()
         job = json.loads(said[said.index("{"):said.rindex("}") + 1])["jobs"][0]
-        part = job["read" if kind == "seq_read" else "write"]
-        out = {"bytes_per_s": part["bw_bytes"], "iops": round(part["iops"], 2)}
-        done = part["total_ios"] if kind == "rand_write" else part["io_bytes"] / 2**20
-        out["cpu_ms"] = {name: round((now - before.get(name, 0)) * 1000 / done, 3) for name, now in self.busy().items()}
+        out = {"seconds": round(end - begin, 3), "bytes_per_s": round((more - done) / (end - begin))}
+        unit = (more - done) / (BLOCK if kind == "rand_write" else 2**20)
+        out["cpu_ms"] = {name: round((now - spent.get(name, 0)) * 1000 / unit, 3) for name, now in used.items()}
         if kind == "rand_write":
-            out["fsync_ms"] = round(job["sync"]["lat_ns"]["mean"] / 1e6, 4)
-            out["fsync_p99_ms"] = round(job["sync"]["lat_ns"]["percentile"]["99.000000"] / 1e6, 4)
+            out["iops"] = round(out["bytes_per_s"] / BLOCK, 2)
+            # As much longer as all of it took by this clock.
+            slower = job["write"]["bw_bytes"] / out["bytes_per_s"]
+            out["fsync_ms"] = round(job["sync"]["lat_ns"]["mean"] * slower / 1e6, 4)
         if "protect" in self.processes:
+            epochs = [e for e in self.epochs() if begin <= e["t_ms"] / 1000 - time.time() + time.monotonic() <= end]
+            if epochs:
+                out["epochs"] = report.spread([e["pause_ms"] for e in epochs], "p50", "max") | {
+                    "count": len(epochs), "paused": round(sum(e["pause_ms"] for e in epochs) / 1000 / (end - begin), 4)}
             applied = [e["disks_ms"] for e in self.secondary.read()[known:] if e.get("disks_ms") is not None]
             out["apply_ms"] = report.spread(applied, "p50", "p99", "max") | {"epochs": len(applied)}
         tell(f"{kind}: {out['bytes_per_s'] / 1e6:.2f} MB/s" + (f", fdatasync in {out['fsync_ms']:.2f} ms" if "fsync_ms" in out else ""))
         return out
+
+    def progress(self, kind):
+        """When the guest was asked, and how many bytes of a kind its disk had done."""
+        return time.monotonic(), int(self.ask_guest(STAT, 60).split()[FIELD[kind]]) * SECTOR
 
     def busy(self):
         """Processor seconds so far of those who have to do with the disk."""
@@ -149,14 +183,27 @@ class Rounds(measure.Bench):
             if kind not in out:
                 out[kind] = self.window(kind)
 
+    def protected(self, out, interval, plain=False):
+        """Memory and disk replicated, in epochs."""
+        if all(kind in out for kind in LOADS):
+            return
+        if plain:
+            self.restart_standby(plain=True)
+        self.session(("-i", str(interval)), LOADS, out)
+        if plain:
+            self.restart_standby(plain=False)
+
     def round(self):
         """Each way once; which comes first changes from round to round."""
         self.begin()
+        interval = self.options.interval
         turns = {
             "unprotected": lambda: self.unprotected(self.out["unprotected"]),
-            "protected": lambda: self.session(("-i", str(self.options.interval)), LOADS, self.out["protected"]),
+            "protected": lambda: self.protected(self.out["protected"], interval),
             "mirror": lambda: self.mirror(self.out["mirror"]),
             "mirror_tls": lambda: self.mirror(self.out["mirror_tls"], tls=True),
+            "protected_plain": lambda: self.protected(self.out["protected_plain"], interval, plain=True),
+            "protected_seldom": lambda: self.protected(self.out["protected_seldom"], SELDOM_MS),
         }
         for turn in range(len(WAYS)):
             turns[WAYS[(turn + self.number) % len(WAYS)]]()

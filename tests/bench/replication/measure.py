@@ -176,15 +176,29 @@ class Bench(Hosts):
         sent = re.findall(r"\bbytes_sent:(\d+)", said)
         return sum(map(int, sent)) if sent else None
 
+    def standby_ready(self):
+        """Waits until the standby has a machine for the next session."""
+        known = lambda: sum(e.get("event") == "standby-ready" for e in self.secondary.read())  # noqa: E731
+        self.wait_for("the standby's next machine", lambda: known() > self.sessions and listens(self.processes["standby"].pid, PORT), 120,
+                      "standby")
+
+    def restart_standby(self, plain):
+        """Has another standby wait, with keys or without."""
+        self.standby_ready()
+        standby = self.processes.pop("standby")
+        standby.terminate()
+        standby.wait(60)
+        self.options.plain = plain
+        # It will have a machine, too.
+        self.sessions += 1
+        self.start_standby()
+
     def session(self, how, loads, out):
         """Protects the guest in one way, and measures it under these loads; what is measured is in `out` at once."""
         loads = [kind for kind in loads if kind not in out]
         if not loads:
             return
-        ready = self.sessions + 1
-        known = lambda: sum(e.get("event") == "standby-ready" for e in self.secondary.read())  # noqa: E731
-        self.wait_for("the standby's next machine", lambda: known() >= ready and listens(self.processes["standby"].pid, PORT), 120,
-                      "standby")
+        self.standby_ready()
         tell(f"protect {' '.join(how)}")
         self.start_protect(*how)
         self.sessions += 1
