@@ -166,6 +166,17 @@ class Takeover(Hosts):
                 self.trouble = str(e)
         return self.result()
 
+    def close_standby(self):
+        """Ends the standby when it has applied everything: not before it was closed is all of a qcow2 image in its file."""
+        name = "standby-back" if "standby-back" in self.processes else "standby"
+        trace = report.trace(self.path(f"{name}.trace"))
+        known = len(trace.read())
+        later = lambda: sum(e.get("event") == "epoch" for e in trace.read()[known:])  # noqa: E731
+        self.wait_for("three more epochs on the standby", lambda: later() >= 3, 60, name)
+        standby = self.processes[name]
+        standby.terminate()
+        standby.wait(60)
+
     def check_disks(self):
         """The guest ends what it does and unmounts its disks; then what is on them is looked at from the host."""
         name = self.active()
@@ -178,7 +189,8 @@ class Takeover(Hosts):
                 self.blame(wrong[0] if wrong else None, machine)
         rounds = sum("fio verified round" in line for line in self.console(name))
         if self.kill == "standby" or "protect-back" in self.processes:
-            self.wait_for("the same disks on both hosts", lambda: not self.disks.differ(), STILL_LIMIT)
+            self.close_standby()
+            self.blame(self.disks.differ(), "on the two hosts")
         if self.kill == "failover":
             # Neither guest has written to what is compared since the switch.
             self.quit("web")
