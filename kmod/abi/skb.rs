@@ -66,7 +66,7 @@ impl Packet {
     #[inline]
     pub(super) fn segments(&self) -> u16 {
         let shared = self.shared();
-        // SAFETY: Valid, and only whoever owns the packet changes it.
+        // SAFETY: Valid. Nobody changes how a packet is cut while clones of it share this.
         unsafe {
             if (*shared).gso_size == 0 {
                 1
@@ -86,7 +86,7 @@ impl Packet {
     /// lies in one piece (`skb_is_nonlinear()`), or none is the sender's (`skb_zcopy()`).
     #[inline]
     pub(crate) fn owns_data(&self) -> bool {
-        // SAFETY: Valid, and only whoever owns the packet changes it.
+        // SAFETY: Valid. The length is this packet's own; nobody changes the flags while clones of it share them.
         unsafe {
             (*self.0.as_ptr()).data_len == 0
                 || u32::from((*self.shared()).flags) & bindings::SKBFL_ZEROCOPY_ENABLE == 0
@@ -196,10 +196,9 @@ impl PacketQueue {
             } else {
                 *next_of(self.tail) = skb;
             }
-            let destructor = &mut (*skb).__bindgen_anon_3.__bindgen_anon_1.destructor;
-            if let Some(told) = *destructor {
+            if let Some(told) = (*skb).__bindgen_anon_3.__bindgen_anon_1.destructor {
                 told(skb);
-                *destructor = None;
+                (*skb).__bindgen_anon_3.__bindgen_anon_1.destructor = None;
                 (*skb).sk = null_mut();
             }
         }

@@ -211,6 +211,8 @@ class Hosts:
         self.processes = {}
         self.primary = report.trace(self.path("protect.trace"))
         self.secondary = report.trace(self.path("standby.trace"))
+        # Without keys.
+        self.plain = False
 
     def path(self, name):
         return f"{self.fast}/{name}"
@@ -383,7 +385,7 @@ class Hosts:
 
     def security(self, host):
         """How a controller gets to know its keys, or that it is to do without."""
-        return ["-F"] if getattr(self.options, "plain", False) else ["--keys", self.keys(host)]
+        return ["-F"] if self.plain else ["--keys", self.keys(host)]
 
     def run_dir(self, host):
         """Where a host's controllers have their sockets."""

@@ -97,16 +97,20 @@ class Rounds(measure.Bench):
             asked = thread.submit(self.ask_guest, command, 240 + 2 * seconds)
             try:
                 idle = self.progress(kind)[1]
-                while self.progress(kind)[1] < idle + 2**16:
+                while self.progress(kind)[1] < idle + 2**16 and not asked.done():
                     self.watch(0.2, *watched)
                 begin, done, spent = *self.progress(kind), self.busy()
                 self.watch(seconds, *watched)
                 end, more, used = *self.progress(kind), self.busy()
+                if asked.done():
+                    raise Failed(f"fio ended before it was told to: {asked.result()[-300:]}")
             finally:
                 with contextlib.suppress(Failed):
                     self.ask_guest("/bin/busybox killall -INT fio", 60)
             said = asked.result()
         job = json.loads(said[said.index("{"):said.rindex("}") + 1])["jobs"][0]
+        if job["error"]:
+            raise Failed(f"fio failed: {os.strerror(job['error'])}")
         out = {"seconds": round(end - begin, 3), "bytes_per_s": round((more - done) / (end - begin))}
         unit = (more - done) / (BLOCK if kind == "rand_write" else 2**20)
         out["cpu_ms"] = {name: round((now - spent.get(name, 0)) * 1000 / unit, 3) for name, now in used.items()}

@@ -31,7 +31,7 @@ import netlink
 from netlink import EGRESS, GUEST
 from ram import check, libc
 
-EPOCH, LOSS, MANY = 1000, 50_000, 100_000
+EPOCH, LOSS, MANY = 1_000, 50_000, 100_000
 EPOCHS = 32  # at most, while one sits on a device
 FLAG = 18  # where a frame has its mark
 FIRST, LAST = 1, 2

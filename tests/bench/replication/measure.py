@@ -188,7 +188,7 @@ class Bench(Hosts):
         standby = self.processes.pop("standby")
         standby.terminate()
         standby.wait(60)
-        self.options.plain = plain
+        self.plain = plain
         # It will have a machine, too.
         self.sessions += 1
         self.start_standby()
