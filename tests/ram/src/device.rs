@@ -6,6 +6,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::Ordering::Relaxed;
 
 use anyhow::{bail, Context, Result};
 
@@ -148,12 +149,12 @@ impl Bitmap {
 
     /// Calls `f` for each page in it, without a copy.
     pub fn each(&self, mut f: impl FnMut(u64)) {
-        use std::sync::atomic::Ordering::Relaxed;
-        for n in 0..self.length.div_ceil(64) {
-            let mut word = self.map.word(n as usize * 8).load(Relaxed);
-            while word != 0 {
-                f(n * 64 + u64::from(word.trailing_zeros()));
-                word &= word - 1;
+        let words = self.map.all_words().iter();
+        for (n, word) in words.take(self.length.div_ceil(64) as usize).enumerate() {
+            let mut left = word.load(Relaxed);
+            while left != 0 {
+                f(n as u64 * 64 + u64::from(left.trailing_zeros()));
+                left &= left - 1;
             }
         }
     }

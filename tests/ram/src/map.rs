@@ -99,11 +99,17 @@ impl Map {
         unsafe { AtomicU64::from_ptr(word.cast()) }
     }
 
-    /// All words.
+    /// All words, where they are.
+    pub fn all_words(&self) -> &[AtomicU64] {
+        // SAFETY: Aligned to a page, and so many words are in the mapping, which the reference does not
+        // outlive; whoever else writes them is of no concern to atomics.
+        unsafe { std::slice::from_raw_parts(self.start.cast(), self.length / 8) }
+    }
+
+    /// What all words are now.
     pub fn words(&self) -> Vec<u64> {
-        (0..self.length / 8)
-            .map(|n| self.word(n * 8).load(Ordering::Relaxed))
-            .collect()
+        let words = self.all_words().iter();
+        words.map(|word| word.load(Ordering::Relaxed)).collect()
     }
 
     /// Writes one word to each of these pages.

@@ -49,12 +49,13 @@ impl Series {
     fn json(&self) -> Map<String, Value> {
         let fold = |f: fn(f64, f64) -> f64| self.0.iter().copied().reduce(f);
         [
-            ("value", Some(self.median())),
-            ("min", fold(f64::min)),
-            ("max", fold(f64::max)),
+            ("value", json!(self.median())),
+            ("min", json!(fold(f64::min))),
+            ("max", json!(fold(f64::max))),
+            ("values", json!(self.0)),
         ]
         .into_iter()
-        .map(|(name, value)| (name.into(), json!(value)))
+        .map(|(name, value)| (name.into(), value))
         .collect()
     }
 }

@@ -2,7 +2,7 @@
 
 //! What the first write of a page in an epoch costs the writer.
 
-use anyhow::Result;
+use anyhow::{ensure, Result};
 
 use crate::linux::{Protected, Region};
 use crate::memory::{scattered, timed};
@@ -21,6 +21,15 @@ pub fn first(bench: &mut Bench) -> Result<()> {
     let mut regions = vec![Region::default(); small.pages() as usize + 1];
     let (mut plain, mut copied, mut scan, mut thread) =
         <(Series, Series, Series, Series)>::default();
+    let protect = || {
+        let done = small.seal()?;
+        ensure!(
+            [0, PAGES as u64].contains(&done.dirty_pages),
+            "an epoch in which {PAGES} pages were written holds {}",
+            done.dirty_pages
+        );
+        small.commit(done.epoch)
+    };
     for round in bench.rounds() {
         let pages = scattered(&mut bench.rng, small.pages(), PAGES);
         let write = |map: &remus_ram::map::Map| -> Result<f64> {
@@ -34,19 +43,17 @@ pub fn first(bench: &mut Bench) -> Result<()> {
         for turn in 0..4 {
             let which = (round.number as usize + turn) % 4;
             took[which] = match which {
-                // Nothing is sealed.
+                // Nothing is sealed. As with the others, what the last write made writable is protected just before.
                 0 => {
-                    let took = write(&small.map)?;
-                    let epoch = small.seal_of(PAGES)?.epoch;
-                    small.commit(epoch)?;
-                    took
+                    protect()?;
+                    write(&small.map)?
                 }
                 // The same pages are in a sealed epoch, and were not read.
                 1 => {
+                    protect()?;
                     small.map.write_pages(&pages, round.number);
-                    small.seal_of(PAGES)?;
-                    let took = write(&small.map)?;
                     let epoch = small.seal_of(PAGES)?.epoch;
+                    let took = write(&small.map)?;
                     small.commit(epoch)?;
                     took
                 }
@@ -67,6 +74,7 @@ pub fn first(bench: &mut Bench) -> Result<()> {
             thread.push(took[3]);
         }
     }
+    protect()?;
     let figure = Figure::new(
         &plain.over(&scan.least(&thread)),
         Target::AtMost(1.2),
