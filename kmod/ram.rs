@@ -9,7 +9,7 @@
 //! that maps the device, direct I/O (which faults the page in for writing), `pwrite`.
 //!
 //! Lock order: `mmap_lock`, [`Ram::state`], page lock, `i_mmap_rwsem`, page table lock; [`Ram::room`]
-//! and [`Ram::blocks`] have none inside.
+//! and [`Ram::adding`] have none inside.
 //!
 //! Faults and readers share `state`; a seal, a commit and an abort have it alone. The page lock is held
 //! from `will_write` until the page is writable in the faulting page table. So once a seal has `state`
@@ -31,8 +31,10 @@ use crate::{
         memcg::Memcg,
         page::{
             Block,
+            BlockRef,
             Page,
-            PageRef, //
+            PageRef,
+            BLOCK, //
         },
         ramdev::{
             view_offset,
@@ -97,10 +99,6 @@ use kernel::{
 };
 
 static OPERATIONS: Operations<Ram> = Operations::new(&THIS_MODULE);
-
-/// Memory is taken from the host in neighbouring pages, 2 to the power of this, so that a seal can
-/// write-protect them by one call.
-const BLOCK_ORDER: u32 = 4;
 
 /// Pages that one call write-protects at most, so that a seal can be preempted.
 const RUN: u64 = 512;
@@ -208,13 +206,14 @@ pub(crate) struct Ram {
     payer: Memcg,
     /// What a bitmap shows where nothing was written.
     empty: Page,
+    /// Its pages, taken from the host a block at a time, so that a seal can write-protect neighbours by one call.
     #[pin]
-    pages: Array<Page>,
-    /// Pages that somebody touched. Others in `pages` only have neighbours that somebody did.
+    blocks: Array<Block>,
+    /// Pages that somebody touched. Others in `blocks` only have neighbours that somebody did.
     resident: PageSet,
-    /// Held while a block of pages is added.
+    /// Held while a block is added.
     #[pin]
-    blocks: Mutex<()>,
+    adding: Mutex<()>,
     #[pin]
     state: RwSem<State>,
     copies: Atomic<u64>,
@@ -274,9 +273,9 @@ impl Ram {
                 users: Atomic::new(0),
                 payer: paying,
                 empty,
-                pages <- Array::new(),
+                blocks <- Array::new(),
                 resident,
-                blocks <- new_mutex!((), "remus_blocks"),
+                adding <- new_mutex!((), "remus_blocks"),
                 state <- RwSem::new(
                     State {
                         open,
@@ -434,9 +433,9 @@ impl Ram {
         let State { cost, hot, .. } = state;
         let (gap, mut calls) = (cost.gap(), 0);
         let mut pages = sealed.dirty.set.from(0).filter(|n| !hot.contains(*n));
-        let mut next = pages.next();
+        let (mut next, mut near) = (pages.next(), self.near());
         while let Some(first) = next {
-            let Some(page) = self.pages.get(first) else {
+            let Some(page) = near.page(first) else {
                 next = pages.next();
                 continue;
             };
@@ -457,11 +456,7 @@ impl Ram {
                     break Some(index);
                 }
                 let neighbour = |page: &PageRef<'_>| page.pfn() == pfn + (index - first) as usize;
-                found = self
-                    .pages
-                    .get(index)
-                    .filter(neighbour)
-                    .map(|page| (index, page));
+                found = near.page(index).filter(neighbour).map(|page| (index, page));
                 if found.is_none() {
                     break Some(index);
                 }
@@ -595,41 +590,36 @@ impl Ram {
         &self.alarm
     }
 
-    /// Adds the pages of the block around `index`, or this one if there is no memory for so many.
-    fn add_block(&self, index: u64) -> Result {
-        let _blocks = self.blocks.lock();
-        let mut order = BLOCK_ORDER;
-        loop {
-            if self.pages.get(index).is_some() {
-                return Ok(());
-            }
-            let first = index & !((1 << order) - 1);
-            let taken = self
-                .pages
-                .next(first)
-                .is_some_and(|(next, _)| next < first + (1 << order));
-            if order > 0 && (taken || first + (1 << order) > self.pages()) {
-                order = 0;
-                continue;
-            }
-            match Block::alloc(order) {
-                Ok(block) => {
-                    let _charge = self.payer.charge();
-                    for (page, number) in block.zip(first..) {
-                        self.pages.insert(number, page)?;
-                    }
-                    return Ok(());
-                }
-                Err(_) if order > 0 => order = 0,
-                Err(error) => return Err(error.into()),
-            }
+    /// The page with this number, if it is there.
+    fn page_at(&self, index: u64) -> Option<PageRef<'_>> {
+        self.near().page(index)
+    }
+
+    /// Looks for pages, several of which may be near each other.
+    fn near(&self) -> Near<'_> {
+        Near {
+            blocks: &self.blocks,
+            last: None,
         }
+    }
+
+    /// Adds the block around `index`.
+    fn add_block(&self, index: u64) -> Result {
+        let _adding = self.adding.lock();
+        let number = index / BLOCK as u64;
+        if self.blocks.get(number).is_some() {
+            return Ok(());
+        }
+        let left = self.pages() - number * BLOCK as u64;
+        let block = Block::alloc(left.min(BLOCK as u64) as usize, &self.payer)?;
+        let _charge = self.payer.charge();
+        self.blocks.insert(number, block).map(drop)
     }
 
     /// The page with this number, made if it is touched for the first time.
     fn touch(&self, index: u64) -> Result<PageRef<'_>> {
         loop {
-            let Some(page) = self.pages.get(index) else {
+            let Some(page) = self.page_at(index) else {
                 self.add_block(index)?;
                 continue;
             };
@@ -732,6 +722,24 @@ impl Ram {
         call.pages = bitmap.set.count();
         drop(state);
         write_argument(argument, &call)
+    }
+}
+
+/// A look for pages, one after the other: what is in the block of the one before is found without a search.
+struct Near<'a> {
+    blocks: &'a Array<Block>,
+    last: Option<(u64, BlockRef<'a>)>,
+}
+
+impl<'a> Near<'a> {
+    /// The page with this number, if it is there.
+    fn page(&mut self, index: u64) -> Option<PageRef<'a>> {
+        let number = index / BLOCK as u64;
+        if !matches!(&self.last, Some((last, _)) if *last == number) {
+            self.last = Some((number, self.blocks.get(number)?));
+        }
+        let (_, block) = self.last.as_ref()?;
+        block.page((index % BLOCK as u64) as usize)
     }
 }
 

@@ -135,7 +135,7 @@ impl Ram {
         excess: bool,
     ) -> Result<bool> {
         let dirty = &sealed.dirty.set;
-        let Some(page) = self.pages.get(hot.index) else {
+        let Some(page) = self.page_at(hot.index) else {
             return Ok(false);
         };
         let lock = page.lock();
@@ -171,7 +171,7 @@ impl Ram {
         let mut heated = KVec::with_capacity(room, GFP_KERNEL)?;
         let both = sealed.dirty.set.from(0).filter(|n| last.set.contains(*n));
         for index in both.filter(|n| !hot.contains(*n)).take(room) {
-            let Some(page) = self.pages.get(index) else {
+            let Some(page) = self.page_at(index) else {
                 continue;
             };
             let lock = page.lock();
