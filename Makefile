@@ -57,7 +57,7 @@ test-kernel: ## only the kernel tests, on the debug flavour
 test-qdisc-long: ## the qdisc against a model, 100,000 steps, and 1,000,000 random netlink messages: an hour or two
 	@scripts/test.sh qdisc-long
 
-test-ram-long: ## the RAM device against a full copy of it at each of 2,000 seals: an hour
+test-ram-long: ## the RAM device against a full copy of it at each of 2,000 seals: half an hour
 	@scripts/test.sh ram-long
 
 test-tc: ## only tc with its plugin, by the kernel's own tdc
