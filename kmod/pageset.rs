@@ -71,11 +71,24 @@ impl PageSet {
             .is_some_and(|leaf| leaf.contains(page))
     }
 
-    /// All pages that are not below `from`, in ascending order.
-    pub(crate) fn from(&self, from: u64) -> Walk<'_> {
+    /// All pages that are not below `from`, in ascending order. What is added meanwhile may be missed.
+    pub(crate) fn from(&self, from: u64) -> impl Iterator<Item = u64> + '_ {
+        let (mut words, mut base, mut bits) = (self.bits(from), 0, 0_u64);
+        core::iter::from_fn(move || {
+            if bits == 0 {
+                (base, bits) = words.next()?;
+            }
+            let bit = bits.trailing_zeros();
+            bits &= bits.wrapping_sub(1);
+            Some(base + u64::from(bit))
+        })
+    }
+
+    /// The same, 64 at a time: the first one's number and a bit each, least significant first, of which at least one is set.
+    pub(crate) fn bits(&self, from: u64) -> Bits<'_> {
         let number = from / dirty::PAGES;
         let leaf = self.leaves.next(number);
-        Walk {
+        Bits {
             set: self,
             leaf,
             within: match leaf {
@@ -114,23 +127,23 @@ impl PageSet {
     }
 }
 
-/// The pages of a set, in ascending order. What is added meanwhile may be missed.
-pub(crate) struct Walk<'a> {
+/// The pages of a set in ascending order, 64 at a time.
+pub(crate) struct Bits<'a> {
     set: &'a PageSet,
     /// The leaf that it has come to, and its number.
     leaf: Option<(u64, &'a Leaf<Words>)>,
     within: u64,
 }
 
-impl Iterator for Walk<'_> {
-    type Item = u64;
+impl Iterator for Bits<'_> {
+    type Item = (u64, u64);
 
-    fn next(&mut self) -> Option<u64> {
+    fn next(&mut self) -> Option<(u64, u64)> {
         loop {
             let (number, leaf) = self.leaf?;
-            if let Some(found) = leaf.next(self.within) {
-                self.within = found + 1;
-                return Some(number * dirty::PAGES + found);
+            if let Some((found, bits)) = leaf.next(self.within) {
+                self.within = found + 64;
+                return Some((number * dirty::PAGES + found, bits));
             }
             (self.leaf, self.within) = (self.set.leaves.next(number + 1), 0);
         }

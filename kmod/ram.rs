@@ -3,7 +3,7 @@
 //! A domain's memory: which pages were written in which epoch, and what a sealed epoch saw.
 //!
 //! The pages belong to this module and are made on first touch. A page that was not written since
-//! the last seal is write-protected wherever it is mapped, so its first write faults:
+//! the last seal is write-protected wherever it is mapped, or not mapped, so its first write faults:
 //! [`Memory::will_write`] then puts it into the open epoch's set, after copying it if a sealed
 //! epoch's content would be lost. Every way to write ends there: a vCPU, the VMM, vhost, any process
 //! that maps the device, direct I/O (which faults the page in for writing), `pwrite`.
@@ -14,14 +14,18 @@
 //! Faults and readers share `state`; a seal, a commit and an abort have it alone. The page lock is held
 //! from `will_write` until the page is writable in the faulting page table. So once a seal has `state`
 //! and has seen a page unlocked, every write to it is on one side or the other: it finds the page
-//! writable, or the writer waits for `state`. No write-protected page becomes writable meanwhile, and
+//! writable, or the writer waits for `state`. No such page becomes writable meanwhile, and
 //! what is still writable is still in the sealed epoch. So the snapshot is one instant's, the seal's
 //! end, even if something that was not paused writes during it. Hot pages, which a domain has only if it is told to, are
 //! the exception: [`hot`].
 
 mod hot;
+mod protect;
 
-use self::hot::Hot;
+use self::{
+    hot::Hot,
+    protect::Run, //
+};
 use crate::{
     abi::{
         array::Array,
@@ -32,6 +36,7 @@ use crate::{
         page::{
             Block,
             BlockRef,
+            Neighbours,
             Page,
             PageRef,
             BLOCK, //
@@ -83,9 +88,7 @@ use kernel::{
     time::{
         delay::fsleep,
         msecs_to_jiffies,
-        Delta,
-        Instant,
-        Monotonic, //
+        Delta, //
     },
     transmute::{
         AsBytes,
@@ -99,12 +102,6 @@ use kernel::{
 };
 
 static OPERATIONS: Operations<Ram> = Operations::new(&THIS_MODULE);
-
-/// Pages that one call write-protects at most, so that a seal can be preempted.
-const RUN: u64 = 512;
-
-/// One call of so many is timed.
-const SAMPLE: u32 = 16;
 
 /// How long a writer waits for room before it faults again, so that it can be killed: so many glances,
 /// this far apart.
@@ -361,7 +358,7 @@ impl Ram {
     pub(crate) fn seal(&self, epoch: u64, full: bool) -> Result<u64, Refusal> {
         let _charge = self.payer.charge();
         let new = open_set(self.pages(), &self.empty)?;
-        let mut run = KVec::with_capacity(RUN as usize, GFP_KERNEL)?;
+        let mut run = Run::new()?;
         let (copies, read) = (KBox::pin_init(Array::new(), GFP_KERNEL)?, PageSet::new()?);
         let hot_limit = self.hot_limit.load(Relaxed);
         let mut guard = self.state.write();
@@ -388,12 +385,11 @@ impl Ram {
             .compare(&sealed, &mut state.hot, hot_limit, full)
             .and_then(|()| self.heat(&sealed, &mut state.hot, hot_limit))
             .and_then(|()| self.make_room(state, &new.set, full))
-            .map_err(Refusal::from)
             .and_then(|()| self.protect(&sealed, &new.set, &mut run, state));
         if let Err(error) = done {
             // It stays the open one. What is write-protected already is written into it again.
             self.forget(&sealed);
-            return Err(error);
+            return Err(error.into());
         }
         if full {
             sealed.dirty.set.merge(&self.resident);
@@ -416,66 +412,6 @@ impl Ram {
         if full {
             new.make_room(&self.resident, &self.payer)?;
             state.open.set.make_room(&self.resident, &self.payer)?;
-        }
-        Ok(())
-    }
-
-    /// Write-protects the pages of `sealed` that are not hot: neighbours, in the memory and physically, by one call. A page
-    /// that may be written without a fault, because somebody holds it for direct access, is copied now
-    /// and belongs to `open` as well. `state` is held alone; `run` has room for [`RUN`] pages.
-    fn protect<'a>(
-        &'a self,
-        sealed: &Sealed,
-        open: &PageSet,
-        run: &mut KVec<(u64, PageRef<'a>)>,
-        state: &mut State,
-    ) -> Result<(), Refusal> {
-        let State { cost, hot, .. } = state;
-        let (gap, mut calls) = (cost.gap(), 0);
-        let mut pages = sealed.dirty.set.from(0).filter(|n| !hot.contains(*n));
-        let (mut next, mut near) = (pages.next(), self.near());
-        while let Some(first) = next {
-            let Some(page) = near.page(first) else {
-                next = pages.next();
-                continue;
-            };
-            let (pfn, mut end) = (page.pfn(), first);
-            let mut found = Some((first, page));
-            // Until a page is too far off.
-            next = loop {
-                if let Some((index, page)) = found.take() {
-                    page.wait_unlocked();
-                    end = index + 1;
-                    // Cannot fail: there is room.
-                    let _ = run.push_within_capacity((index, page));
-                }
-                let Some(index) = pages.next() else {
-                    break None;
-                };
-                if index - end > gap || index - first >= RUN || hot.any(end, index) {
-                    break Some(index);
-                }
-                let neighbour = |page: &PageRef<'_>| page.pfn() == pfn + (index - first) as usize;
-                found = near.page(index).filter(neighbour).map(|page| (index, page));
-                if found.is_none() {
-                    break Some(index);
-                }
-            };
-            let begin = (calls % SAMPLE == 0).then(Instant::<Monotonic>::now);
-            self.mapping.write_protect(first, pfn, end - first)?;
-            if let Some(begin) = begin {
-                let ns = begin.elapsed().as_nanos();
-                cost.learn(end - first, u64::try_from(ns).unwrap_or(0));
-            }
-            calls = calls.wrapping_add(1);
-            for (index, page) in run.drain_all() {
-                if page.maybe_held() {
-                    open.insert(index, &self.payer)?;
-                    let lock = page.lock();
-                    self.keep(sealed, index, true, || Ok(lock.copy()?))?;
-                }
-            }
-            cond_resched();
         }
         Ok(())
     }
@@ -734,12 +670,24 @@ struct Near<'a> {
 impl<'a> Near<'a> {
     /// The page with this number, if it is there.
     fn page(&mut self, index: u64) -> Option<PageRef<'a>> {
+        self.block(index)?.page((index % BLOCK as u64) as usize)
+    }
+
+    /// The page with this number, if it is there, with those after it that are known to be its neighbours in physical
+    /// memory, at most `most` in all.
+    fn neighbours(&mut self, index: u64, most: u64) -> Option<Neighbours<'a>> {
+        let most = most.min(BLOCK as u64) as usize;
+        self.block(index)?
+            .neighbours((index % BLOCK as u64) as usize, most)
+    }
+
+    /// The block around a page.
+    fn block(&mut self, index: u64) -> Option<&BlockRef<'a>> {
         let number = index / BLOCK as u64;
         if !matches!(&self.last, Some((last, _)) if *last == number) {
             self.last = Some((number, self.blocks.get(number)?));
         }
-        let (_, block) = self.last.as_ref()?;
-        block.page((index % BLOCK as u64) as usize)
+        self.last.as_ref().map(|(_, block)| block)
     }
 }
 

@@ -328,9 +328,10 @@ void remus_page_unlock(struct page *page)
 	unlock_page(page);
 }
 
-void remus_page_wait_unlocked(struct page *page)
+void remus_pages_wait_unlocked(struct page *first, unsigned long count)
 {
-	folio_wait_locked(page_folio(page));
+	for (struct page *page = first; page < first + count; page++)
+		folio_wait_locked(page_folio(page));
 }
 
 void remus_page_clear(struct page *page)
@@ -342,17 +343,25 @@ void remus_page_clear(struct page *page)
  * With the page locked nobody adds a mapping, so the number of mappings, which is read last, can only be
  * too low; each comes with a reference, and its owner has another one.
  */
-bool remus_page_maybe_held(struct page *page)
+static bool page_maybe_held(struct page *page)
 {
 	struct folio *folio = page_folio(page);
-	int refs, mappings;
+	bool held;
+	int refs;
 
 	folio_lock(folio);
 	refs = folio_ref_count(folio);
 	smp_rmb();
-	mappings = folio_mapcount(folio);
+	held = refs > 1 + folio_mapcount(folio);
 	folio_unlock(folio);
-	return refs > 1 + mappings;
+	return held;
+}
+
+unsigned long remus_pages_next_held(struct page *first, unsigned long from, unsigned long count)
+{
+	while (from < count && !page_maybe_held(first + from))
+		from++;
+	return from;
 }
 
 int remus_page_read_to_user(struct page *page, void __user *to)

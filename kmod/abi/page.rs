@@ -60,32 +60,12 @@ impl Page {
         ManuallyDrop::new(self).0.as_ptr()
     }
 
-    /// The page's frame number.
-    pub(crate) fn pfn(&self) -> usize {
-        // SAFETY: Valid by the type invariant.
-        unsafe { bindings::remus_page_pfn(self.0.as_ptr()) }
-    }
-
     /// Locks the page: until the lock is dropped, no write fault on it completes. May sleep.
     pub(crate) fn lock(&self) -> PageLock<'_> {
         // SAFETY: Valid by the type invariant.
         unsafe { bindings::remus_page_lock(self.0.as_ptr()) };
         // INVARIANT: Just locked.
         PageLock(self)
-    }
-
-    /// Waits until nobody has the page locked any more. May sleep.
-    pub(crate) fn wait_unlocked(&self) {
-        // SAFETY: Valid by the type invariant.
-        unsafe { bindings::remus_page_wait_unlocked(self.0.as_ptr()) };
-    }
-
-    /// Whether anybody but its owner and the page tables may have a reference to the page, and so may
-    /// write it without a fault: whoever pinned it (`pin_user_pages()`), or got it (`get_user_pages()`,
-    /// as `/proc/PID/mem` does). That of [`Page::share`] counts, too. Locks the page. May sleep.
-    pub(crate) fn maybe_held(&self) -> bool {
-        // SAFETY: Valid by the type invariant.
-        unsafe { bindings::remus_page_maybe_held(self.0.as_ptr()) }
     }
 
     /// Copies the whole content to user space. It is torn if somebody writes meanwhile. May sleep.
@@ -229,6 +209,66 @@ impl<'a> BlockRef<'a> {
     /// The page with number `n` in the block, if it has so many.
     pub(crate) fn page(&self, n: usize) -> Option<PageRef<'a>> {
         self.0.page(n).map(|page| PageRef(page, PhantomData))
+    }
+
+    /// Pages of the block from number `n` on, at most `most`, as many as are known to be neighbours in physical
+    /// memory: at least one, unless it has not so many.
+    pub(crate) fn neighbours(&self, n: usize, most: usize) -> Option<Neighbours<'a>> {
+        let first = self.page(n)?.0 .0;
+        let there = match self.0.table() {
+            Some(_) => 1,
+            None => BLOCK - n,
+        };
+        // INVARIANT: A block without a table has them all, `n` of which come before the first.
+        Some(Neighbours {
+            first,
+            // SAFETY: The page is valid.
+            pfn: unsafe { bindings::remus_page_pfn(first.as_ptr()) },
+            count: there.min(most),
+            _block: PhantomData,
+        })
+    }
+}
+
+/// Neighbours in physical memory that somebody else holds references to, for `'a`.
+///
+/// # Invariants
+///
+/// `first` points to the first of `count` neighbouring `struct page`s of order 0, and the references are held.
+pub(crate) struct Neighbours<'a> {
+    first: NonNull<bindings::page>,
+    /// The first one's frame number.
+    pub(crate) pfn: usize,
+    count: usize,
+    _block: PhantomData<&'a Block>,
+}
+
+impl<'a> Neighbours<'a> {
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Waits until each of them was seen without anybody having it locked. May sleep.
+    pub(crate) fn wait_unlocked(&self) {
+        // SAFETY: So many are valid by the type invariant.
+        unsafe { bindings::remus_pages_wait_unlocked(self.first.as_ptr(), self.count) };
+    }
+
+    /// The first one from number `from` on, and its number, to which anybody but its owner and the page tables may have a
+    /// reference, and so may write it without a fault: whoever pinned it (`pin_user_pages()`), or got it
+    /// (`get_user_pages()`, as `/proc/PID/mem` does). That of [`Page::share`] counts, too. Locks the pages, one
+    /// at a time. May sleep.
+    pub(crate) fn next_held(&self, from: usize) -> Option<(usize, PageRef<'a>)> {
+        // SAFETY: So many are valid by the type invariant.
+        let n = unsafe { bindings::remus_pages_next_held(self.first.as_ptr(), from, self.count) };
+        if n >= self.count {
+            return None;
+        }
+        // SAFETY: By the type invariant there are so many, one after the other.
+        let page = Page(unsafe { self.first.add(n) });
+        // INVARIANT: A reference is held for `'a`, and not dropped with this.
+        Some((n, PageRef(ManuallyDrop::new(page), PhantomData)))
     }
 }
 

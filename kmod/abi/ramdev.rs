@@ -138,7 +138,8 @@ impl Mapping {
     /// Write-protects `pages` pages from number `index` on in all mappings, those of KVM included:
     /// whoever writes one next will fault. They are neighbours in physical memory and begin at frame
     /// `pfn`; a number that is mapped to another frame is left alone. Costs one call to whoever watches
-    /// the mappings (MMU notifiers). Takes `i_mmap_rwsem` and page table locks. May sleep.
+    /// the mappings (MMU notifiers), and a flush of the TLB for each page. Takes `i_mmap_rwsem` and page
+    /// table locks. May sleep.
     pub(crate) fn write_protect(&self, index: u64, pfn: usize, pages: u64) -> Result {
         // SAFETY: The inode is valid by the type invariant. The pages are only named by their numbers.
         let done = unsafe {
@@ -153,6 +154,21 @@ impl Mapping {
             return Err(Error::from_errno(done));
         }
         Ok(())
+    }
+
+    /// Takes `pages` pages from number `index` on, at least one, out of all mappings, those of KVM included:
+    /// whoever reads or writes one next will fault. Costs one call to whoever watches the mappings, and a
+    /// flush of the TLB for all of them. Takes what [`write_protect`](Self::write_protect) takes. May sleep.
+    pub(crate) fn unmap(&self, index: u64, pages: u64) {
+        // SAFETY: As in `write_protect`.
+        unsafe {
+            bindings::unmap_mapping_pages(
+                bindings::remus_inode_mapping(self.0.as_ptr()),
+                index as c_ulong,
+                pages as c_ulong,
+                true,
+            )
+        };
     }
 }
 

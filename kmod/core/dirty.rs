@@ -66,19 +66,19 @@ impl<W: Deref<Target = [AtomicU64; WORDS]>> Leaf<W> {
         self.words[n / 64].load(Ordering::Acquire) & (1 << (n % 64)) != 0
     }
 
-    /// The lowest page that is not below `from`. What is being inserted meanwhile may be missed.
-    pub fn next(&self, from: u64) -> Option<u64> {
+    /// The first word that has a page not below `from`: its first page's number, and the bits of those that
+    /// are not below `from`. What is being inserted meanwhile may be missed.
+    pub fn next(&self, from: u64) -> Option<(u64, u64)> {
         let from = usize::try_from(from)
             .ok()
             .filter(|from| *from < WORDS * 64)?;
         let first = from / 64;
         let rest = self.words[first].load(Ordering::Acquire) & (u64::MAX << (from % 64));
         if rest != 0 {
-            return Some(first as u64 * 64 + u64::from(rest.trailing_zeros()));
+            return Some((first as u64 * 64, rest));
         }
         let word = self.next_filled(first + 1)?;
-        let bits = self.words[word].load(Ordering::Acquire);
-        Some(word as u64 * 64 + u64::from(bits.trailing_zeros()))
+        Some((word as u64 * 64, self.words[word].load(Ordering::Acquire)))
     }
 
     /// The first word from `from` on that is not empty.
@@ -113,4 +113,18 @@ impl<W: Deref<Target = [AtomicU64; WORDS]>> Leaf<W> {
     pub fn is_empty(&self) -> bool {
         self.next_filled(0).is_none()
     }
+}
+
+/// The runs of ones in a word, least significant first: the first bit's number, and how many there are.
+pub fn runs(mut bits: u64) -> impl Iterator<Item = (u64, u64)> {
+    core::iter::from_fn(move || {
+        if bits == 0 {
+            return None;
+        }
+        let first = bits.trailing_zeros();
+        let count = (bits >> first).trailing_ones();
+        // The carry clears the run, and sets a bit that was not.
+        bits &= bits.wrapping_add(1 << first);
+        Some((first.into(), count.into()))
+    })
 }

@@ -73,8 +73,19 @@ impl Hot {
         self.pages.get(at).is_some_and(|page| page.index < to)
     }
 
-    pub(super) fn contains(&self, index: u64) -> bool {
+    fn contains(&self, index: u64) -> bool {
         self.any(index, index + 1)
+    }
+
+    /// The bits of those that are hot of 64 pages from `first` on.
+    pub(super) fn bits(&self, first: u64) -> u64 {
+        if self.pages.is_empty() {
+            return 0;
+        }
+        let at = self.pages.partition_point(|page| page.index < first);
+        let from = self.pages.iter().skip(at);
+        let there = from.map(|page| page.index - first).take_while(|n| *n < 64);
+        there.fold(0, |bits, n| bits | 1 << n)
     }
 
     /// Adds pages, ascending, none of which is hot. None of them is, after an error.

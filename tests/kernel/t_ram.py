@@ -139,6 +139,43 @@ def read_only_mapping(stack):
 
 
 @test
+def runs_in_many_mappings(stack):
+    """Pages in a row, few and many, written through some of many mappings: each mapping shows them, and none writes unseen."""
+    m = Machine(stack, 1024)
+    maps = [m.map]
+
+    def everybody(first):
+        """Each mapping writes runs of several lengths in each of two epochs: the second time they fault, or count for nothing."""
+        for epoch in range(2):
+            for n, mapping in enumerate(maps):
+                for start, count in (0, 3), (4, 70), (75, 1), (80, 64), (150, 20):
+                    for page in range(170 * n + start, 170 * n + start + count):
+                        m.write(page * PAGE, content(first + epoch), mapping.write)
+            sealed = m.seal()
+            m.check(sealed)
+            for mapping in maps:
+                same([mapping.page(page) for page in range(m.pages)], m.image, "what a mapping shows")
+            m.commit(sealed)
+    everybody(1)
+    with Ram("web", os.O_RDONLY) as reader:
+        for _ in range(2):
+            view = reader.map(prot=ram.PROT_READ)
+            maps.append(m.device.map())
+            everybody(10 * len(maps))
+            same([view.page(page) for page in range(m.pages)], m.image, "what a mapping for reading shows")
+        # A child has them all again.
+        wait, go = os.pipe()
+        kid = Kid(lambda: (os.read(wait, 1), view.page(0), m.map.page(5))[1:])
+        maps.append(m.device.map())
+        everybody(100)
+        os.write(go, b"x")
+        same(kid.result(), (m.image[0], m.image[5]), "what a child sees")
+        os.close(wait)
+        os.close(go)
+    everybody(200)
+
+
+@test
 def long_term_pins(stack):
     """A long-term pin (io_uring's registered buffers, RDMA) would write behind the tracking: refused."""
     m = Machine(stack, 8)
@@ -265,8 +302,10 @@ def exact(stack):
 @test
 def protections(stack):
     """mprotect, madvise, mremap, fork, populate between the writes: none of them loses one."""
-    m = Machine(stack, 64)
+    m = Machine(stack, 256)
     moved = m.device.map()
+    # More in a row than a seal write-protects one by one.
+    row = range(100, 200)
 
     def change(how):
         if how == "mprotect":
@@ -278,7 +317,7 @@ def protections(stack):
         elif how == "dontneed":
             m.map.madvise(4)
         elif how == "mremap":
-            room = anonymous(64 * PAGE)
+            room = anonymous(m.pages * PAGE)
             got = libc.mremap(moved.addr, moved.length, moved.length, 3, room.addr)
             check(got)
             moved.addr = got
@@ -300,6 +339,8 @@ def protections(stack):
             for page in range(0, 30, 3):
                 m.write(page * PAGE, os.urandom(8))
                 m.write(page * PAGE + PAGE, os.urandom(8), moved.write)
+            for page in row:
+                m.write(page * PAGE, os.urandom(8))
             if before:
                 change(how)
             epoch = m.seal()
@@ -308,12 +349,14 @@ def protections(stack):
             for page in range(0, 30, 2):
                 m.write(page * PAGE + 8, os.urandom(8))
                 m.write(page * PAGE + 3 * PAGE, os.urandom(8), moved.write)
+            for page in row:
+                m.write(page * PAGE + 8, os.urandom(8), (moved if page % 7 == 0 else m.map).write)
             m.check(epoch)
             m.check(m.seal())
             if how == "mremap":
                 # mremap the tail away: shrinking is fine.
                 small = m.device.map()
-                check(libc.mremap(small.addr, 64 * PAGE, 10 * PAGE, 0, None))
+                check(libc.mremap(small.addr, m.pages * PAGE, 10 * PAGE, 0, None))
                 small.length = 10 * PAGE
                 m.write(3 * PAGE, b"small", small.write)
             m.commit(max(m.sealed))

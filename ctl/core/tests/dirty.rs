@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
-use remus_core::dirty::{Leaf, PAGES, WORDS};
+use remus_core::dirty::{runs, Leaf, PAGES, WORDS};
 
 type Words = Box<[AtomicU64; WORDS]>;
 
@@ -15,11 +15,17 @@ fn empty() -> Leaf<Words> {
     Leaf::new(Box::new([const { AtomicU64::new(u64::MAX) }; WORDS]))
 }
 
+fn pages_of(base: u64, bits: u64) -> impl Iterator<Item = u64> {
+    (0..64)
+        .filter(move |bit| bits & (1 << bit) != 0)
+        .map(move |bit| base + bit)
+}
+
 fn all(leaf: &Leaf<Words>) -> Vec<u64> {
     let (mut found, mut from) = (Vec::new(), 0);
-    while let Some(page) = leaf.next(from) {
-        found.push(page);
-        from = page + 1;
+    while let Some((base, bits)) = leaf.next(from) {
+        found.extend(pages_of(base, bits));
+        from = base + 64;
     }
     found
 }
@@ -46,12 +52,29 @@ fn page() -> impl Strategy<Value = u64> {
 
 proptest! {
     #[test]
+    fn runs_of_a_word(bits in prop_oneof![any::<u64>(), any::<u64>().prop_map(|b| b | b << 1 | b << 2 | b << 3), Just(0), Just(u64::MAX), Just(1), Just(1 << 63)]) {
+        let (mut seen, mut end) = (0, None);
+        for (first, count) in runs(bits) {
+            prop_assert!(count > 0 && first + count <= 64);
+            // They are as long as they can be: a zero is between two.
+            prop_assert!(end.is_none_or(|end| first > end));
+            end = Some(first + count);
+            seen |= (first..first + count).fold(0, |bits, bit| bits | 1 << bit);
+        }
+        prop_assert_eq!(seen, bits);
+    }
+
+    #[test]
     fn like_a_set(members in proptest::collection::vec(page(), 0..100), asked in proptest::collection::vec(page(), 30)) {
         let (leaf, model) = build(&members)?;
         prop_assert_eq!(all(&leaf), model.iter().copied().collect::<Vec<_>>());
         for page in asked.into_iter().chain(members) {
             prop_assert_eq!(leaf.contains(page), model.contains(&page));
-            prop_assert_eq!(leaf.next(page), model.range(page..).next().copied());
+            let first = model.range(page..).next().map(|first| first / 64 * 64);
+            let expected: Vec<u64> = first.map_or(vec![], |first| model.range(page.max(first)..first + 64).copied().collect());
+            let (base, bits) = leaf.next(page).unwrap_or((0, 0));
+            prop_assert_eq!((leaf.next(page).is_some(), base % 64), (first.is_some(), 0));
+            prop_assert_eq!(pages_of(base, bits).collect::<Vec<_>>(), expected);
         }
         for page in [PAGES, PAGES + 1, u64::MAX] {
             prop_assert_eq!(leaf.next(page), None);
