@@ -2,7 +2,12 @@
 
 //! What the first write of a page in an epoch costs the writer.
 
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+
 use anyhow::{ensure, Result};
+use remus_ram::map::Map;
+use remus_ram::PAGE;
 
 use crate::linux::{Protected, Region};
 use crate::memory::{scattered, timed};
@@ -19,8 +24,8 @@ pub fn first(bench: &mut Bench) -> Result<()> {
     let answered = Protected::new(bench.small_mib, false)?;
     answered.answer()?;
     let mut regions = vec![Region::default(); small.pages() as usize + 1];
-    let (mut plain, mut copied, mut scan, mut thread) =
-        <(Series, Series, Series, Series)>::default();
+    let (mut plain, mut copied, mut scan, mut thread, mut unmapped) =
+        <(Series, Series, Series, Series, Series)>::default();
     let protect = || {
         let done = small.seal()?;
         ensure!(
@@ -30,18 +35,27 @@ pub fn first(bench: &mut Bench) -> Result<()> {
         );
         small.commit(done.epoch)
     };
+    // Pages that a seal has unmapped are mapped again, as those of the memfds are.
+    let map_again = |pages: Range<u64>| {
+        for page in pages {
+            small.map.word(page as usize * PAGE).load(Ordering::Relaxed);
+        }
+    };
+    map_again(0..small.pages());
+    let row: Vec<u64> = (0..PAGES as u64).collect();
     for round in bench.rounds() {
         let pages = scattered(&mut bench.rng, small.pages(), PAGES);
-        let write = |map: &remus_ram::map::Map| -> Result<f64> {
+        let write_those = |pages: &[u64], map: &Map| -> Result<f64> {
             let ((), took) = timed(|| {
-                map.write_pages(&pages, round.number);
+                map.write_pages(pages, round.number);
                 Ok(())
             })?;
             Ok(took / 1e3 / PAGES as f64)
         };
-        let mut took = [0.0; 4];
-        for turn in 0..4 {
-            let which = (round.number as usize + turn) % 4;
+        let write = |map: &Map| write_those(&pages, map);
+        let mut took = [0.0; 5];
+        for turn in 0..5 {
+            let which = (round.number as usize + turn) % 5;
             took[which] = match which {
                 // Nothing is sealed. As with the others, what the last write made writable is protected just before.
                 0 => {
@@ -61,9 +75,18 @@ pub fn first(bench: &mut Bench) -> Result<()> {
                     scanned.scan(&mut regions)?;
                     write(&scanned.map)?
                 }
-                _ => {
+                3 => {
                     answered.protect()?;
                     write(&answered.map)?
+                }
+                _ => {
+                    protect()?;
+                    small.map.write_pages(&row, round.number);
+                    protect()?;
+                    let took = write_those(&row, &small.map)?;
+                    protect()?;
+                    map_again(0..PAGES as u64);
+                    took
                 }
             };
         }
@@ -72,6 +95,7 @@ pub fn first(bench: &mut Bench) -> Result<()> {
             copied.push(took[1]);
             scan.push(took[2]);
             thread.push(took[3]);
+            unmapped.push(took[4]);
         }
     }
     protect()?;
@@ -83,6 +107,7 @@ pub fn first(bench: &mut Bench) -> Result<()> {
     )
     .beside("a page", "us", &plain)
     .beside("a page, copied first", "us", &copied)
+    .beside("a page of 2,000 in a row", "us", &unmapped)
     .beside("memfd, PAGEMAP_SCAN", "us", &scan)
     .beside("memfd, userfaultfd and a thread", "us", &thread);
     bench.add("first_write_us", figure);
