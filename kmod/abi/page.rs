@@ -222,7 +222,7 @@ impl<'a> BlockRef<'a> {
         // INVARIANT: A block without a table has them all, `n` of which come before the first.
         Some(Neighbours {
             first,
-            // SAFETY: The page is valid.
+            // SAFETY: The block, which stays where it is for `'a`, has a reference to the page.
             pfn: unsafe { bindings::remus_page_pfn(first.as_ptr()) },
             count: there.min(most),
             _block: PhantomData,
