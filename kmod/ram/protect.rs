@@ -3,19 +3,20 @@
 //! How a seal makes an epoch's pages fault when they are written next: in runs, each by one call.
 //!
 //! ```text
-//!   written     ■ ■ ■ · ■ ■ · · · · · · ■ ■      pages of one piece of physical memory
-//!   runs       └─────┬─────┘           └─┬─┘     the gap of one page costs less than another call,
-//!                one call            one call    that of six more (core::cost)
+//!   written     ■ ■ ■ · ■ ■ · · · · · · ■ ■ ■ ■ ■ ■
+//!   memory     ┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┘ └┄┄┄┄┄     one piece, and another
+//!   runs       └─────┬─────┘           └──┬──┴──┬──┘    the gap of one page costs less than another call,
+//!   calls        one call              one    one       that of six more (core::cost)
 //! ```
 //!
-//! A run ends where the next page is too far off, is elsewhere in physical memory, has a hot page before it, or would make
-//! the run too long.
+//! A run ends where the next page is too far off, has a hot page before it, or would make the run too long; and, once it has a
+//! gap, where the next page is elsewhere in physical memory.
 //!
-//! The call for a run write-protects it, with a flush of the TLB for each page, which may interrupt other processors: the
-//! kernel has no other for modules. (`wp_shared_mapping_range()`, where there is one, flushes once, but leaves a written page dirty,
-//! and what is dirty the kernel may make writable again without a fault, as `mprotect()` does.) So a long run is taken out
-//! of the mappings instead, with one flush for all of it, if all of it was written. Its first write then costs more, and so
-//! does a read.
+//! A call for a run's part in one piece write-protects it, with a flush of the TLB for each page, which may interrupt other
+//! processors: the kernel has no other for modules. (`wp_shared_mapping_range()`, where there is one, flushes once, but leaves
+//! a written page dirty, and what is dirty the kernel may make writable again without a fault, as `mprotect()` does.) So a
+//! long run is taken out of the mappings instead, with one flush for all of it, wherever it is in memory, if all of it was
+//! written. Its first write then costs more, and so does a read.
 
 use super::{
     hot::Hot,
@@ -52,17 +53,36 @@ const UNMAPPED: u64 = 64;
 /// One call of so many is timed.
 const SAMPLE: u32 = 16;
 
-/// Pages that one call is for.
+/// Written pages in a row, neighbours in physical memory.
+struct Piece<'a> {
+    first: u64,
+    pages: Neighbours<'a>,
+}
+
+impl Piece<'_> {
+    /// The page behind its last.
+    fn end(&self) -> u64 {
+        self.first.wrapping_add(self.pages.count() as u64)
+    }
+
+    /// Where it is, as the frame that page 0 would have: pieces of the same can be write-protected by one call.
+    fn place(&self) -> u64 {
+        (self.pages.pfn as u64).wrapping_sub(self.first)
+    }
+}
+
+/// Pages near each other that are made to fault together.
 pub(super) struct Run<'a> {
-    /// The written ones, ascending, and the first one's number of each piece. There is room for [`LONGEST`].
-    pieces: KVec<(u64, Neighbours<'a>)>,
-    /// From here to below `end`, which begins at frame `pfn`.
+    /// Ascending. There is room for [`LONGEST`].
+    pieces: KVec<Piece<'a>>,
+    /// From here to below `end`.
     first: u64,
     end: u64,
-    pfn: usize,
+    /// Where the last piece is.
+    place: u64,
     /// Whether all of them were written.
     full: bool,
-    /// Runs so far.
+    /// Calls so far that write-protected pages.
     calls: u32,
 }
 
@@ -73,33 +93,42 @@ impl<'a> Run<'a> {
             pieces: KVec::with_capacity(LONGEST as usize, GFP_KERNEL)?,
             first: 0,
             end: 0,
-            pfn: 0,
+            place: 0,
             full: true,
             calls: 0,
         })
     }
 
-    /// Whether `pages`, from number `first` on, can be in it, too, with at most `gap` others before them.
-    fn takes(&self, first: u64, pages: &Neighbours<'_>, gap: u64, hot: &Hot) -> bool {
+    /// Whether it is to be unmapped.
+    fn is_long(&self) -> bool {
+        self.full && self.end - self.first >= UNMAPPED
+    }
+
+    /// Whether `next` can be in it, too, with at most `gap` pages before it that were not written.
+    fn takes(&self, next: &Piece<'_>, gap: u64, hot: &Hot) -> bool {
         if self.pieces.is_empty() {
             return true;
         }
-        let offset = first - self.first;
-        first - self.end <= gap
-            && offset + pages.count() as u64 <= LONGEST
-            && pages.pfn == self.pfn + offset as usize
-            && !hot.any(self.end, first)
+        let between = next.first - self.end;
+        if between > gap || next.end() - self.first > LONGEST {
+            return false;
+        }
+        if between == 0 && self.full {
+            return true;
+        }
+        // A gap would have all of a long run write-protected.
+        next.place() == self.place && !self.is_long() && !hot.any(self.end, next.first)
     }
 
-    /// Adds pages that it [`takes`](Self::takes).
-    fn add(&mut self, first: u64, pages: Neighbours<'a>) {
+    /// Adds what it [`takes`](Self::takes).
+    fn add(&mut self, next: Piece<'a>) {
         if self.pieces.is_empty() {
-            (self.first, self.end, self.pfn, self.full) = (first, first, pages.pfn, true);
+            (self.first, self.end, self.full) = (next.first, next.first, true);
         }
-        self.full &= first == self.end;
-        self.end = first + pages.count() as u64;
+        self.full &= next.first == self.end;
+        (self.end, self.place) = (next.end(), next.place());
         // Cannot fail: there is room for as many as it has pages.
-        let _ = self.pieces.push_within_capacity((first, pages));
+        let _ = self.pieces.push_within_capacity(next);
     }
 }
 
@@ -123,13 +152,13 @@ impl Ram {
                         next += 1;
                         continue;
                     };
-                    if !run.takes(next, &pages, gap, hot) {
+                    let piece = Piece { first: next, pages };
+                    if !run.takes(&piece, gap, hot) {
                         self.protect_run(sealed, open, run, cost)?;
                     }
-                    pages.wait_unlocked();
-                    let after = next + pages.count() as u64;
-                    run.add(next, pages);
-                    next = after;
+                    piece.pages.wait_unlocked();
+                    next = piece.end();
+                    run.add(piece);
                 }
             }
         }
@@ -149,19 +178,12 @@ impl Ram {
         if run.pieces.is_empty() {
             return Ok(());
         }
-        let count = run.end - run.first;
-        if run.full && count >= UNMAPPED {
-            self.mapping.unmap(run.first, count);
+        if run.is_long() {
+            self.mapping.unmap(run.first, run.end - run.first);
         } else {
-            let begin = (run.calls % SAMPLE == 0).then(Instant::<Monotonic>::now);
-            self.mapping.write_protect(run.first, run.pfn, count)?;
-            if let Some(begin) = begin {
-                let ns = begin.elapsed().as_nanos();
-                cost.learn(count, u64::try_from(ns).unwrap_or(0));
-            }
+            self.write_protect(run, cost)?;
         }
-        run.calls = run.calls.wrapping_add(1);
-        for (first, pages) in run.pieces.drain_all() {
+        for Piece { first, pages } in run.pieces.drain_all() {
             let mut from = 0;
             while let Some((n, page)) = pages.next_held(from) {
                 let index = first + n as u64;
@@ -172,6 +194,26 @@ impl Ram {
             }
         }
         cond_resched();
+        Ok(())
+    }
+
+    /// Write-protects the pages of `run`, by a call for each piece of memory.
+    #[inline(always)]
+    fn write_protect(&self, run: &mut Run<'_>, cost: &mut Cost) -> Result {
+        let together = |one: &Piece<'_>, other: &Piece<'_>| one.place() == other.place();
+        for pieces in run.pieces.chunk_by(together) {
+            let ([Piece { first, pages }, ..], Some(last)) = (pieces, pieces.last()) else {
+                continue;
+            };
+            let count = last.end() - first;
+            let begin = (run.calls % SAMPLE == 0).then(Instant::<Monotonic>::now);
+            self.mapping.write_protect(*first, pages.pfn, count)?;
+            if let Some(begin) = begin {
+                let ns = begin.elapsed().as_nanos();
+                cost.learn(count, u64::try_from(ns).unwrap_or(0));
+            }
+            run.calls = run.calls.wrapping_add(1);
+        }
         Ok(())
     }
 }

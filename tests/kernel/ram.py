@@ -71,6 +71,13 @@ class Map:
     def page(self, n):
         return self.read(n * PAGE, PAGE)
 
+    def frames(self):
+        """Where its pages are in memory, by number; none for those of which the page table has nothing (pagemap.rst)."""
+        with open("/proc/self/pagemap", "rb") as f:
+            f.seek(self.addr // PAGE * 8)
+            entries = struct.iter_unpack("=Q", f.read(self.length // PAGE * 8))
+        return [entry & (1 << 55) - 1 if entry >> 63 else None for entry, in entries]
+
     def mprotect(self, prot):
         check(libc.mprotect(self.addr, self.length, prot))
 

@@ -176,6 +176,35 @@ def runs_in_many_mappings(stack):
 
 
 @test
+def runs_in_pieces(stack):
+    """Pages in a row whose memory is in pieces: a seal takes long runs out of the mappings, and nothing else."""
+    m = Machine(stack, 1024)
+    touched = list(range(0, m.pages, 16))
+    random.Random(SEED).shuffle(touched)
+    for page in touched:
+        m.write(page * PAGE, b"x")
+    for page in range(m.pages):
+        m.write(page * PAGE, content(page))
+    m.commit(m.seal())
+    for page in range(m.pages):
+        m.map.page(page)
+    places = {frame - page for page, frame in enumerate(m.map.frames())}
+    true(len(places) > m.pages // 32, f"the memory is in {len(places)} pieces")
+    # First page, pages. Between a long one and a short one is a single page.
+    long, short = ((3, 64), (140, 100), (256, 70), (400, 600)), ((70, 63), (327, 5), (1010, 3))
+    for epoch in range(3):
+        for start, count in long + short:
+            for page in range(start, start + count):
+                m.write(page * PAGE, content(10 * epoch + page))
+        sealed = m.seal()
+        missing = [page for page, frame in enumerate(m.map.frames()) if frame is None]
+        same(missing, [page for start, count in long for page in range(start, start + count)], "pages that are not mapped")
+        m.check(sealed)
+        m.commit(sealed)
+        same([m.map.page(page) for page in range(m.pages)], m.image, "what the mapping shows")
+
+
+@test
 def long_term_pins(stack):
     """A long-term pin (io_uring's registered buffers, RDMA) would write behind the tracking: refused."""
     m = Machine(stack, 8)
