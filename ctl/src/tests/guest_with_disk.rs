@@ -271,7 +271,7 @@ fn serve_one(
 
 /// Serves the callers that come until one is dead or says good-bye; `lost` is called when a connection is
 /// lost, with the epoch that is held.
-fn stand_by(
+pub(super) fn stand_by(
     callers: &Callers,
     ram: &Path,
     store: &Store,
@@ -320,9 +320,13 @@ fn standing_by(ram: PathBuf, store: Store) -> (SocketAddr, JoinHandle<(Held, Sto
 }
 
 pub(super) fn callers() -> (Callers, SocketAddr) {
+    callers_by(&Way::Plain)
+}
+
+pub(super) fn callers_by(way: &Way) -> (Callers, SocketAddr) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
-    let callers = Callers::open(listener, Way::Plain, Limits::default(), Caller::meet).unwrap();
+    let callers = Callers::open(listener, way.clone(), Limits::default(), Caller::meet).unwrap();
     (callers, address)
 }
 

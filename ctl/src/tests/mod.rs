@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod disk_speed;
 mod disks;
 mod faults;
 mod guest_with_disk;

@@ -10,6 +10,10 @@ TARGETS = {"vs_sync_mirror": 0.9, "read_ratio": 0.95}
 PAIRS = {"protected_plain": "mirror", "protected": "mirror_tls", "protected_seldom": "mirror_tls"}
 # Whose processor time is counted.
 PARTS = "qemu", "nbdkit", "protect", "standby"
+# Of the path alone: ways; what is protected, and which mirror it is compared with; loads, how they are named, and their rates.
+ALONE = "unprotected", "mirror", "mirror_tls", "protected_plain", "protected"
+BESIDE = ("protected_plain", "mirror"), ("protected", "mirror"), ("protected", "mirror_tls")
+WRITES = {"seq_write": ("writes in sequence", "bytes_per_s"), "scattered": ("scattered writes with flush", "iops")}
 
 
 def figure(values, target=None):
@@ -96,3 +100,55 @@ def show(out):
                 line(f"  processor time of {name}, {what}", spent, "ms")
     if out["note"]:
         print(f"\n  {out['note']}")
+
+
+def native(measured, command):
+    """The disks' path alone, on this host's processor."""
+    rounds = measured["rounds"]
+
+    def of(way, *path):
+        return [dig(r, way, *path) for r in rounds]
+
+    def against(one, other, target=None):
+        return {load: figure([ratio(mine, theirs) for mine, theirs in zip(of(one, load, rate), of(other, load, rate))], target)
+                for load, (_, rate) in WRITES.items()}
+
+    def way(name):
+        out = {"cpu_ms": {load: {part: figure(of(name, load, "cpu_ms", part)) for part in ("qemu", "nbdkit", "controllers")
+                                 if any(of(name, load, "cpu_ms", part))} for load in WRITES}}
+        out["seq_write_mb_per_s"] = figure([v and v / 1e6 for v in of(name, "seq_write", "bytes_per_s")])
+        # Until the standby's images had all of it.
+        out["applied_mb_per_s"] = figure([v and v / 1e6 for v in of(name, "seq_write", "settled_bytes_per_s")])
+        out["scattered_per_s"] = figure(of(name, "scattered", "iops"))
+        out["pause_ms"] = figure(of(name, "pause_ms"))
+        return out
+
+    target = TARGETS["vs_sync_mirror"]
+    return measured["host"] | {
+        "command": command, "rounds": len(rounds),
+        "vs_sync_mirror": {f"{one} / {other}": against(one, other, target) for one, other in BESIDE},
+        "vs_unprotected": {name: against(name, "unprotected") for name in ALONE[1:]},
+        "absolute": {name: way(name) for name in ALONE},
+    }  # fmt: skip
+
+
+def show_native(out):
+    has = [flag for flag, there in out["flags"].items() if there]
+    print(f"\n  the path alone: {out['cpus']} processors ({', '.join(has) or 'neither aes nor sse4_2'}), load {out.get('load')}, images on {out['filesystem']}")
+    for pair, got in out["vs_sync_mirror"].items():
+        for load, (name, _) in WRITES.items():
+            line(f"{name}, {pair}", got[load])
+    for name, got in out["vs_unprotected"].items():
+        for load, (what, _) in WRITES.items():
+            line(f"{what}, {name} / unprotected", got[load])
+    for name, got in out["absolute"].items():
+        print(f"  {name}")
+        line("  writes in sequence", got["seq_write_mb_per_s"], "MB/s")
+        if name.startswith("protected"):
+            line("  writes in sequence, until the standby has all", got["applied_mb_per_s"], "MB/s")
+        line("  scattered writes with flush", got["scattered_per_s"], "/s")
+        if got["pause_ms"]["value"] is not None:
+            line("  pause, median", got["pause_ms"], "ms")
+        for load, what in ("seq_write", "a MiB in sequence"), ("scattered", "a scattered write"):
+            for part, spent in got["cpu_ms"][load].items():
+                line(f"  processor time of {part}, {what}", spent, "ms")
