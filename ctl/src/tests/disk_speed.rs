@@ -2,7 +2,7 @@
 
 //! What replicating a disk costs on this host's own processor: a real QEMU whose guest has no processors,
 //! a real nbdkit, both hosts' controllers as threads of this process, connected through the loopback.
-//! `qemu-img bench` writes in the guest's place, to an export of its disk by QEMU.
+//! `qemu-img bench` writes and reads in the guest's place, to an export of its disk by QEMU.
 
 use std::fs::{self, File};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use ring::digest::{digest, SHA256};
 use serde_json::{json, Value};
@@ -41,11 +41,45 @@ const BOUND: u64 = 256 << 20;
 const INTERVAL: Duration = Duration::from_millis(100);
 const LONG: Duration = Duration::from_secs(120);
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// Names of the loads, and what they are for `qemu-img bench`: bytes of a write, from one to the next, how many
-/// writes, writes for a flush. The steps of the second meet each block once before any of them twice.
-const LOADS: [(&str, u64, u64, u64, u64); 2] = [
-    ("seq_write", 1 << 20, 1 << 20, 2048, 0),
-    ("scattered", 4096, (1 << 20) + 4096, 4000, 1),
+
+/// What `qemu-img bench` is to do, one request at a time.
+struct Load {
+    name: &'static str,
+    writes: bool,
+    /// Bytes of a request, and from one to the next.
+    size: u64,
+    step: u64,
+    count: u64,
+    /// After so many requests the disk is flushed; 0: never.
+    flush: u64,
+}
+
+const LOADS: [Load; 3] = [
+    Load {
+        name: "seq_write",
+        writes: true,
+        size: 1 << 20,
+        step: 1 << 20,
+        count: 2048,
+        flush: 0,
+    },
+    // Meets each block once before any of them twice.
+    Load {
+        name: "scattered",
+        writes: true,
+        size: 4096,
+        step: (1 << 20) + 4096,
+        count: 4000,
+        flush: 1,
+    },
+    Load {
+        name: "seq_read",
+        writes: false,
+        size: 1 << 20,
+        step: 1 << 20,
+        count: 4096,
+        flush: 0,
+    },
 ];
 const WAYS: [&str; 5] = [
     "unprotected",
@@ -86,6 +120,9 @@ impl Rig {
                 at("a.img").display()
             ))
             .args(["-blockdev", "driver=raw,file=file0,node-name=disk0"])
+            // It keeps the buffers that it has had. Otherwise it is as it happens whether each costs page faults.
+            .env("MALLOC_MMAP_THRESHOLD_", (32 << 20).to_string())
+            .env("MALLOC_TRIM_THRESHOLD_", (1 << 30).to_string())
             .stdin(Stdio::null())
             .spawn();
         let qemu = Killed(qemu.expect("this needs QEMU: apt install qemu-system-x86"));
@@ -113,17 +150,19 @@ impl Rig {
         self.dir.path().join(name)
     }
 
-    /// Writes as `load` says, and returns for how long that took.
-    fn write(&self, load: &(&str, u64, u64, u64, u64)) -> f64 {
-        let (_, size, step, count, flush) = load;
+    /// Does what `load` says, and returns for how long that took.
+    fn run(&self, load: &Load) -> f64 {
         let mut bench = Command::new("qemu-img");
-        // Zeros would not be sent as they are.
-        bench.args(["bench", "-w", "-f", "raw", "--pattern=90", "-d", "1"]);
-        for (option, value) in [("-s", size), ("-S", step), ("-c", count)] {
+        bench.args(["bench", "-f", "raw", "-d", "1"]);
+        if load.writes {
+            // Zeros would not be sent as they are.
+            bench.args(["-w", "--pattern=90"]);
+        }
+        for (option, value) in [("-s", load.size), ("-S", load.step), ("-c", load.count)] {
             bench.args([option, &value.to_string()]);
         }
-        if *flush > 0 {
-            bench.arg(format!("--flush-interval={flush}"));
+        if load.flush > 0 {
+            bench.arg(format!("--flush-interval={}", load.flush));
         }
         bench.arg(format!(
             "nbd+unix:///disk0?socket={}",
@@ -142,7 +181,7 @@ impl Rig {
         word.split_whitespace().next().unwrap().parse().unwrap()
     }
 
-    /// Measures both loads. `nbdkit`: its process; `queue`: what the standby may lack.
+    /// Measures all loads. `nbdkit`: its process; `queue`: what the standby may lack.
     fn measure(&self, nbdkit: Option<u32>, queue: Option<&Queue>) -> Value {
         let mut out = json!({});
         for load in &LOADS {
@@ -155,28 +194,28 @@ impl Rig {
                 let qemu = of(self.qemu.0.id());
                 [qemu, nbdkit.map_or(0.0, of), of(std::process::id())]
             };
-            let (before, begin) = (busy(), Instant::now());
-            let took = self.write(load);
+            let (before, begin, from) = (busy(), Instant::now(), now_ms());
+            let took = self.run(load);
+            let to = now_ms();
             let (ended, started) = (Instant::now(), begin.elapsed().as_secs_f64() - took);
             let settled = |queue: &Queue| queue.level().held == 0;
             until("the standby to have it all", LONG, || {
                 queue.is_none_or(settled)
             });
             let settled = took + ended.elapsed().as_secs_f64();
-            let (name, size, _, count, _) = *load;
-            let bytes = (size * count) as f64;
-            let per = match name {
-                "seq_write" => bytes / f64::from(1 << 20),
-                _ => count as f64,
+            let bytes = (load.size * load.count) as f64;
+            let per = match load.flush {
+                0 => bytes / f64::from(1 << 20),
+                _ => load.count as f64,
             };
             let cpu: Vec<f64> = busy()
                 .iter()
                 .zip(before)
                 .map(|(now, b)| (now - b) * 1000.0 / per)
                 .collect();
-            out[name] = json!({
-                "seconds": took, "start_seconds": started, "bytes_per_s": bytes / took, "iops": count as f64 / took,
-                "settled_bytes_per_s": bytes / settled,
+            out[load.name] = json!({
+                "seconds": took, "start_seconds": started, "bytes_per_s": bytes / took, "iops": load.count as f64 / took,
+                "settled_bytes_per_s": bytes / settled, "ms": [from, to],
                 "cpu_ms": {"qemu": cpu[0], "nbdkit": cpu[1], "controllers": cpu[2]},
             });
         }
@@ -296,8 +335,18 @@ impl Rig {
         standby.receiving.join().unwrap();
         self.same("b.img");
         let pauses = pauses(&trace);
-        out["pause_ms"] = json!(pauses.get(pauses.len() / 2));
-        out["epochs"] = json!(pauses.len());
+        for load in &LOADS {
+            let got = &mut out[load.name];
+            let within =
+                |at: &f64| (got["ms"][0].as_f64()..got["ms"][1].as_f64()).contains(&Some(*at));
+            let mut all: Vec<f64> = pauses
+                .iter()
+                .filter(|(at, _)| within(at))
+                .map(|(_, pause)| *pause)
+                .collect();
+            all.sort_by(f64::total_cmp);
+            (got["pause_ms"], got["epochs"]) = (json!(all.get(all.len() / 2)), json!(all.len()));
+        }
         out
     }
 
@@ -345,19 +394,20 @@ fn busy(stat: &str) -> f64 {
     (ticks(11) + ticks(12)) / rustix::param::clock_ticks_per_second() as f64
 }
 
-/// How long each pause of the guest was, the shortest first.
-fn pauses(trace: &Path) -> Vec<f64> {
+/// Milliseconds since 1970.
+fn now_ms() -> f64 {
+    UNIX_EPOCH.elapsed().unwrap().as_secs_f64() * 1000.0
+}
+
+/// When each pause of the guest was, and how long it was, in ms.
+fn pauses(trace: &Path) -> Vec<(f64, f64)> {
     let text = fs::read_to_string(trace).unwrap();
     fs::remove_file(trace).unwrap();
-    let lines = text
-        .lines()
-        .map(|l| serde_json::from_str::<Value>(l).unwrap());
-    let mut all: Vec<f64> = lines
-        .filter(|l| l["event"] == "epoch")
-        .filter_map(|l| l["pause_ms"].as_f64())
-        .collect();
-    all.sort_by(f64::total_cmp);
-    all
+    text.lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap())
+        .filter(|line| line["event"] == "epoch")
+        .filter_map(|line| Some((line["t_ms"].as_f64()?, line["pause_ms"].as_f64()?)))
+        .collect()
 }
 
 /// Prints a line of JSON for each way in each of `REMUS_SPEED_ROUNDS`.
@@ -367,6 +417,8 @@ fn disk_speed() {
     let rounds = std::env::var("REMUS_SPEED_ROUNDS").map_or(1, |n| n.parse().unwrap());
     let mut rig = Rig::new();
     let tls = rig.ways.clone();
+    // A QEMU that has just started is slower.
+    rig.measure(None, None);
     for round in 0..rounds {
         for turn in 0..WAYS.len() {
             // Which comes first changes from round to round.

@@ -14,6 +14,7 @@ PARTS = "qemu", "nbdkit", "protect", "standby"
 ALONE = "unprotected", "mirror", "mirror_tls", "protected_plain", "protected"
 BESIDE = ("protected_plain", "mirror"), ("protected", "mirror"), ("protected", "mirror_tls")
 WRITES = {"seq_write": ("writes in sequence", "bytes_per_s"), "scattered": ("scattered writes with flush", "iops")}
+LOADS = {load: name for load, (name, _) in WRITES.items()} | {"seq_read": "reads in sequence"}
 
 
 def figure(values, target=None):
@@ -120,7 +121,8 @@ def native(measured, command):
         # Until the standby's images had all of it.
         out["applied_mb_per_s"] = figure([v and v / 1e6 for v in of(name, "seq_write", "settled_bytes_per_s")])
         out["scattered_per_s"] = figure(of(name, "scattered", "iops"))
-        out["pause_ms"] = figure(of(name, "pause_ms"))
+        out["seq_read_mb_per_s"] = figure([v and v / 1e6 for v in of(name, "seq_read", "bytes_per_s")])
+        out["pause_ms"] = {load: figure(of(name, load, "pause_ms")) for load in LOADS}
         return out
 
     target = TARGETS["vs_sync_mirror"]
@@ -128,6 +130,8 @@ def native(measured, command):
         "command": command, "rounds": len(rounds),
         "vs_sync_mirror": {f"{one} / {other}": against(one, other, target) for one, other in BESIDE},
         "vs_unprotected": {name: against(name, "unprotected") for name in ALONE[1:]},
+        "read_ratios": {name: figure([ratio(mine, theirs) for mine, theirs in zip(of(name, "seq_read", "bytes_per_s"), of("unprotected", "seq_read", "bytes_per_s"))],
+                                     TARGETS["read_ratio"]) for name in ALONE[3:]},
         "absolute": {name: way(name) for name in ALONE},
     }  # fmt: skip
 
@@ -138,6 +142,8 @@ def show_native(out):
     for pair, got in out["vs_sync_mirror"].items():
         for load, (name, _) in WRITES.items():
             line(f"{name}, {pair}", got[load])
+    for name, got in out["read_ratios"].items():
+        line(f"reads in sequence, {name} / unprotected", got)
     for name, got in out["vs_unprotected"].items():
         for load, (what, _) in WRITES.items():
             line(f"{what}, {name} / unprotected", got[load])
@@ -147,8 +153,10 @@ def show_native(out):
         if name.startswith("protected"):
             line("  writes in sequence, until the standby has all", got["applied_mb_per_s"], "MB/s")
         line("  scattered writes with flush", got["scattered_per_s"], "/s")
-        if got["pause_ms"]["value"] is not None:
-            line("  pause, median", got["pause_ms"], "ms")
+        line("  reads in sequence", got["seq_read_mb_per_s"], "MB/s")
+        for load, what in LOADS.items():
+            if got["pause_ms"][load]["value"] is not None:
+                line(f"  pause, {what}", got["pause_ms"][load], "ms")
         for load, what in ("seq_write", "a MiB in sequence"), ("scattered", "a scattered write"):
             for part, spent in got["cpu_ms"][load].items():
                 line(f"  processor time of {part}, {what}", spent, "ms")
