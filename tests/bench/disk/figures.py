@@ -110,18 +110,23 @@ def native(measured, command):
     def of(way, *path):
         return [dig(r, way, *path) for r in rounds]
 
+    def beside(one, other, load, rate, target=None):
+        return figure([ratio(mine, theirs) for mine, theirs in zip(of(one, load, rate), of(other, load, rate))], target)
+
     def against(one, other, target=None):
-        return {load: figure([ratio(mine, theirs) for mine, theirs in zip(of(one, load, rate), of(other, load, rate))], target)
-                for load, (_, rate) in WRITES.items()}
+        return {load: beside(one, other, load, rate, target) for load, (_, rate) in WRITES.items()}
+
+    def mb_per_s(name, load, rate="bytes_per_s"):
+        return figure([v and v / 1e6 for v in of(name, load, rate)])
 
     def way(name):
         out = {"cpu_ms": {load: {part: figure(of(name, load, "cpu_ms", part)) for part in ("qemu", "nbdkit", "controllers")
                                  if any(of(name, load, "cpu_ms", part))} for load in WRITES}}
-        out["seq_write_mb_per_s"] = figure([v and v / 1e6 for v in of(name, "seq_write", "bytes_per_s")])
+        out["seq_write_mb_per_s"] = mb_per_s(name, "seq_write")
         # Until the standby's images had all of it.
-        out["applied_mb_per_s"] = figure([v and v / 1e6 for v in of(name, "seq_write", "settled_bytes_per_s")])
+        out["applied_mb_per_s"] = mb_per_s(name, "seq_write", "settled_bytes_per_s")
         out["scattered_per_s"] = figure(of(name, "scattered", "iops"))
-        out["seq_read_mb_per_s"] = figure([v and v / 1e6 for v in of(name, "seq_read", "bytes_per_s")])
+        out["seq_read_mb_per_s"] = mb_per_s(name, "seq_read")
         out["pause_ms"] = {load: figure(of(name, load, "pause_ms")) for load in LOADS}
         return out
 
@@ -130,8 +135,7 @@ def native(measured, command):
         "command": command, "rounds": len(rounds),
         "vs_sync_mirror": {f"{one} / {other}": against(one, other, target) for one, other in BESIDE},
         "vs_unprotected": {name: against(name, "unprotected") for name in ALONE[1:]},
-        "read_ratios": {name: figure([ratio(mine, theirs) for mine, theirs in zip(of(name, "seq_read", "bytes_per_s"), of("unprotected", "seq_read", "bytes_per_s"))],
-                                     TARGETS["read_ratio"]) for name in ALONE[3:]},
+        "read_ratios": {name: beside(name, "unprotected", "seq_read", "bytes_per_s", TARGETS["read_ratio"]) for name in ALONE[3:]},
         "absolute": {name: way(name) for name in ALONE},
     }  # fmt: skip
 
