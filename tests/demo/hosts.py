@@ -504,7 +504,7 @@ class Hosts:
         its console. Or KVM gives up first: as the tables that CR3 points to are outside of the guest's memory, which no page that was
         lost or torn could do to a register; or as it takes an access to a device's register for part of an event's delivery. It looks at
         the type of the last event, but not at whether that is valid (svm_check_emulate_instruction()), and the emulated processor
-        leaves there that of an exception which was delivered long ago. Where KVM knows the register already it only tries again.
+        leaves there that of an exception which was delivered long ago (QEMU's do_interrupt_all(), do_vmexit()). Where KVM knows the register already it only tries again.
         """
         if os.environ.get("REMUS_ACCEL") == "kvm":
             return False

@@ -104,6 +104,10 @@ impl Rig {
             None => directory(),
         };
         let at = |name: &str| dir.path().join(name);
+        let direct = match std::env::var_os("REMUS_SPEED_DIRECT") {
+            Some(_) => "on",
+            None => "off",
+        };
         // All blocks are there before, so that nobody has to find room for them.
         for image in ["a.img", "b.img", "far.img"] {
             fs::write(at(image), vec![0x11; SIZE as usize]).unwrap();
@@ -116,7 +120,7 @@ impl Rig {
             .args(["-qmp", &monitor("control"), "-qmp", &monitor("qmp")])
             .arg("-blockdev")
             .arg(format!(
-                "driver=file,filename={},node-name=file0",
+                "driver=file,filename={},node-name=file0,cache.direct={direct}",
                 at("a.img").display()
             ))
             .args(["-blockdev", "driver=raw,file=file0,node-name=disk0"])
